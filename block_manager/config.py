@@ -1,0 +1,16 @@
+"""The block manager's slice of the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BLOCK_SIZES = (16, 32, 64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    block_size: int = 32
+    """Tokens a block holds."""
+    kv_cache_memory: int | None = None
+    """Bytes of K/V pool. None: from the memory that is free once the weights are loaded."""
+    enable_prefix_caching: bool = True

@@ -1,0 +1,111 @@
+"""All blocks of the K/V pool: reference counts, the prefix index, and eviction. No torch: ids only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .block import Block, FreeBlockList
+
+NULL_BLOCK_ID = 0
+"""Reserved: padding of block tables points here, padded rows of a captured graph write here. Nobody owns it."""
+
+
+class OutOfBlocks(Exception):
+    """The pool holds fewer free blocks than were asked for. Nothing was changed."""
+
+
+class BlockPool:
+    """Blocks 1 … num_blocks − 1, each either free or referenced by at least one table.
+
+    The index of published blocks is kept per layer group, since the same tokens have other K/V there.
+    """
+
+    def __init__(self, num_blocks: int, num_groups: int = 1) -> None:
+        if num_blocks < 2:
+            raise ValueError("a pool needs at least two blocks: one is reserved")
+        self.blocks = [Block(block_id) for block_id in range(num_blocks)]
+        self.free_list = FreeBlockList()
+        for block in self.blocks[1:]:
+            self.free_list.push_back(block)
+        self.index: list[dict[bytes, Block]] = [{} for _ in range(num_groups)]
+        self._group_of: dict[int, int] = {}
+        self.num_cached_free = 0
+        """Free blocks that still bear a hash."""
+        self.num_shared = 0
+        """Blocks that more than one table refers to."""
+
+    @property
+    def num_usable(self) -> int:
+        return len(self.blocks) - 1
+
+    @property
+    def num_free(self) -> int:
+        return len(self.free_list)
+
+    def allocate(self, count: int) -> list[Block]:
+        """`count` blocks with one reference each, without hash. Raises OutOfBlocks."""
+        if count > len(self.free_list):
+            raise OutOfBlocks(f"{count} blocks asked for, {len(self.free_list)} free")
+        taken = []
+        for _ in range(count):
+            block = self.free_list.pop_front()
+            if block.hash is not None:
+                self.num_cached_free -= 1
+                self._unpublish(block)
+            block.ref_count = 1
+            taken.append(block)
+        return taken
+
+    def acquire(self, blocks: Iterable[Block]) -> None:
+        """One more reference to each; free blocks come back to life with their contents."""
+        for block in blocks:
+            if block.ref_count == 0:
+                self.free_list.remove(block)
+                if block.hash is not None:
+                    self.num_cached_free -= 1
+            elif block.ref_count == 1:
+                self.num_shared += 1
+            block.ref_count += 1
+
+    def release(self, blocks: Iterable[Block]) -> None:
+        """One reference less to each. Give the last block of a table first: what is released first is reused first,
+        and a prefix is worth nothing without its beginning. Raises ValueError for a block that is free already."""
+        for block in blocks:
+            if block.ref_count <= 0:
+                raise ValueError(f"{block!r} is released more often than it was taken")
+            block.ref_count -= 1
+            if block.ref_count == 1:
+                self.num_shared -= 1
+            elif block.ref_count == 0:
+                if block.hash is None:
+                    self.free_list.push_front(block)
+                else:
+                    self.num_cached_free += 1
+                    self.free_list.push_back(block)
+
+    def lookup(self, group: int, block_hash: bytes, parent_hash: bytes, tokens: bytes) -> Block | None:
+        """The published block with this hash, if its tokens and its parent really are the same."""
+        block = self.index[group].get(block_hash)
+        if block is None or block.token_bytes != tokens or block.parent_hash != parent_hash:
+            return None
+        return block
+
+    def publish(self, group: int, block: Block, block_hash: bytes, parent_hash: bytes, tokens: bytes) -> None:
+        """Make a full, written block findable. If an equal one is known already, this one stays private."""
+        if block.hash is not None or block_hash in self.index[group]:
+            return
+        block.hash, block.parent_hash, block.token_bytes = block_hash, parent_hash, tokens
+        self.index[group][block_hash] = block
+        self._group_of[block.id] = group
+
+    def forget_all(self) -> None:
+        """Empty the prefix index; active blocks stay with their owners."""
+        for block in self.blocks[1:]:
+            if block.hash is not None:
+                self._unpublish(block)
+        self.num_cached_free = 0
+
+    def _unpublish(self, block: Block) -> None:
+        assert block.hash is not None
+        del self.index[self._group_of.pop(block.id)][block.hash]
+        block.hash = block.parent_hash = block.token_bytes = None
