@@ -1,0 +1,106 @@
+"""The contract between scheduler and model: what one step computes, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from .sampling_params import SamplingParams
+
+
+@dataclass(slots=True, frozen=True)
+class BlockCopy:
+    """Copy one block's K/V of every layer before the step writes anything (copy-on-write)."""
+
+    source: int
+    target: int
+
+
+@dataclass(slots=True, frozen=True)
+class ScheduledRow:
+    """One sequence's share of a step: tokens [num_computed, num_computed + num_scheduled) are run.
+
+    `token_ids` and `block_ids` are live views of the scheduler's state: read them during the step only.
+    """
+
+    seq_id: str
+    """Unique among live sequences; a request with n > 1 has n of them."""
+    token_ids: Sequence[int]
+    """Prompt and output so far. [num_tokens]"""
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    """Tokens whose K/V are in the pool already."""
+    num_scheduled_tokens: int
+    """≥ 1."""
+    block_ids: tuple[Sequence[int], ...]
+    """The block table of each layer group; it covers every token up to the last scheduled one."""
+    params: SamplingParams
+    seed: int
+    """Key of the counter-based generator, 64 bits; its counter is the position of the drawn token."""
+    eos_token_ids: tuple[int, ...] = ()
+    """Ids that must not be drawn before `params.min_tokens` outputs."""
+
+    @property
+    def num_tokens_after(self) -> int:
+        return self.num_computed_tokens + self.num_scheduled_tokens
+
+    @property
+    def draws_token(self) -> bool:
+        """Whether this step reaches the newest token, so that the next one is drawn from its logits."""
+        return self.num_tokens_after == len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+
+@dataclass(slots=True)
+class ScheduledBatch:
+    """Everything the runner needs for one step. Rows are ordered decode-first."""
+
+    rows: list[ScheduledRow]
+    num_decode_rows: int
+    """Rows [0, num_decode_rows) have exactly one scheduled token each, later rows more."""
+    block_copies: list[BlockCopy] = field(default_factory=list)
+    finished_seq_ids: list[str] = field(default_factory=list)
+    """Sequences that ended since the last step: the runner drops what it keeps for them."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_scheduled_tokens for row in self.rows)
+
+    def part(self, start: int, stop: int) -> ScheduledBatch:
+        """Rows [start, stop) alone, for finding the row that makes a step fail. Copies are not repeated."""
+        return ScheduledBatch(
+            self.rows[start:stop],
+            max(0, min(stop, self.num_decode_rows) - start),
+            finished_seq_ids=self.finished_seq_ids,
+        )
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities at one position, natural log, of the distribution after logit processing at
+    temperature 1 (as OpenAI reports them): the drawn token first, then the most probable ones."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+@dataclass(slots=True, frozen=True)
+class SampledRow:
+    """What one row drew. More than one token only under speculation."""
+
+    seq_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class StepResult:
+    """What the runner returns for a batch: one entry for each row that draws, in row order."""
+
+    sampled: list[SampledRow]
+    forward_seconds: float = 0.0
+    sample_seconds: float = 0.0
