@@ -1,0 +1,109 @@
+"""The engine process: receive, step, send, until the HTTP process says so or is gone.
+
+Started as `python -P -m octavo.server.engine.worker FD` with one end of a socket pair. The first frame is the
+EngineConfig as JSON. Nothing of HTTP is imported here.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import signal
+import socket
+import sys
+import time
+
+from ..config import EngineConfig
+from .core import EngineCore, EngineFailure
+from .messages import Abort, DownMessage, EngineDead, GenerateRequest, Shutdown
+from .wire import Channel, ConnectionClosed
+
+HEARTBEAT_S = 2.0
+
+logger = logging.getLogger("octavo.engine")
+
+
+def main(fd: int, started: float) -> int:
+    """Serve the connection on file descriptor `fd`; returns the exit status."""
+    # Ctrl-C reaches the whole foreground group; the HTTP process drains and then says Shutdown.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.enable()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    channel = Channel(socket.socket(fileno=fd))
+    try:
+        frames: list[bytes] = []
+        while not frames:
+            frames = channel.receive_frames(60.0)
+        core = _build(channel, EngineConfig.from_json(frames[0]), started)
+        if core is None:
+            return 1
+        serve(core, channel)
+    except ConnectionClosed:
+        logger.info("the server has gone; the engine leaves")
+    except EngineFailure as error:
+        return _report_death(channel, str(error))
+    except Exception as error:
+        logger.exception("the engine failed")
+        return _report_death(channel, f"{type(error).__name__}: {error}")
+    return 0
+
+
+def _build(channel: Channel, config: EngineConfig, started: float) -> EngineCore | None:
+    # Imported here, so that a broken installation of torch is reported like any other failure to start.
+    import msgspec
+
+    try:
+        from ...model.spec import ModelError
+        from .startup import build_engine
+
+        imports = time.time() - started
+        try:
+            core, ready = build_engine(config)
+        except ModelError as error:
+            _report_death(channel, str(error))
+            return None
+    except ImportError as error:
+        _report_death(channel, f"the engine's libraries cannot be imported: {error}")
+        return None
+    channel.send(msgspec.structs.replace(ready, phases={"imports": imports, **ready.phases}))
+    return core
+
+
+def serve(core: EngineCore, channel: Channel) -> None:
+    """The loop. Waits while there is nothing to do, and gives a sign of life now and then."""
+    while True:
+        busy = core.has_work
+        messages = channel.receive(0.0 if busy else HEARTBEAT_S)
+        for message in messages:
+            if not _take(core, message):
+                return
+        if core.has_work:
+            channel.send(core.step())
+        elif not busy:
+            channel.send(core.idle())
+
+
+def _take(core: EngineCore, message: DownMessage) -> bool:
+    """Hand one message to the core; False for the one that ends it all."""
+    if isinstance(message, GenerateRequest):
+        core.add(message)
+    elif isinstance(message, Abort):
+        core.abort(message.request_id, message.sample_index)
+    elif isinstance(message, Shutdown):
+        return False
+    return True
+
+
+def _report_death(channel: Channel, reason: str) -> int:
+    try:
+        channel.send(EngineDead(" ".join(reason.split())[:1000]))
+    except ConnectionClosed:
+        logger.error("the engine ends: %s", reason)
+    return 1
+
+
+if __name__ == "__main__":
+    import psutil
+
+    sys.exit(main(int(sys.argv[1]), psutil.Process().create_time()))
