@@ -142,9 +142,8 @@ class EngineClient(ABC):
         check_request(request, self.ready)
         if request.request_id in self._streams:
             raise ValueError(f"request id {request.request_id} is already in use")
-        stream = RequestStream(request.request_id, request.params.n)
-        self._streams[request.request_id] = stream
         self._send(request)
+        stream = self._streams[request.request_id] = RequestStream(request.request_id, request.params.n)
         return stream
 
     def abort(self, request_id: str, sample_index: int | None = None) -> None:

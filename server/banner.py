@@ -1,0 +1,49 @@
+"""What a user sees when the server is ready."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from ..model.weights.resolve import ModelFiles
+from .config import ServerConfig
+from .engine.messages import EngineReady
+
+
+def banner(config: ServerConfig, files: ModelFiles, ready: EngineReady, address: Any, seconds: float) -> str:
+    """`address` is the listening socket's; `seconds` are those since the process was started."""
+    host, port = address[0], address[1]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    name = config.served_model_names[0]
+    phases = " · ".join(f"{phase} {value:.2f}" for phase, value in ready.phases.items())
+    cache = "on" if ready.prefix_caching else "off"
+    lines = [
+        "",
+        f"Octavo {version('octavo')} serves {name}",
+        f"  model    {files.path}",
+        f"           {ready.architecture}, {ready.dtype} on {ready.device}, {ready.backend} backend, "
+        f"weights {_size(ready.weight_bytes)}",
+        f"  K/V pool {_size(ready.kv_cache_bytes)}: {ready.num_blocks} blocks of {ready.block_size} tokens, "
+        f"prefix cache {cache}",
+        f"  limits   {ready.max_model_len} tokens per sequence, {ready.max_num_seqs} sequences at once, "
+        f"{ready.max_num_batched_tokens} tokens per step",
+        *(f"  note     {note}" for note in ready.notes),
+        f"  ready    {seconds:.2f} s after the start (engine: {phases})",
+        "",
+        f"  API      {url}/v1     docs {url}/docs     metrics {url}/metrics",
+        "",
+        "Try it:",
+        *_curl(url, name, bool(config.api_keys)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _curl(url: str, name: str, needs_key: bool) -> list[str]:
+    body = f'{{"model": "{name}", "stream": true, "messages": [{{"role": "user", "content": "What is a K/V cache?"}}]}}'
+    key = ['    -H "Authorization: Bearer $OCTAVO_API_KEY" \\'] if needs_key else []
+    return [f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\", *key, f"    -d '{body}'"]
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
