@@ -1,0 +1,136 @@
+"""What a model asks of the machine, and the one place where an implementation is chosen.
+
+Model files call these operators and never ask which device they run on. A backend is constructed once, when the
+runner is, and handed to every layer. Each backend keeps its weights and its attention plan in forms of its own;
+both are opaque to the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from .weights import StoredWeight
+
+
+@dataclass(slots=True, frozen=True)
+class AttentionSpec:
+    """The shape of one attention layer's work."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+
+
+@dataclass(slots=True, frozen=True)
+class AttentionInputs:
+    """Where every token of a step reads and writes K/V, for one layer group. Rows are ordered decode-first.
+
+    The token axis of a step is ragged: row r owns tokens [query_starts[r], query_starts[r + 1]).
+    """
+
+    num_rows: int
+    num_decode_rows: int
+    """Rows [0, num_decode_rows) have one query each, so decode tokens are tokens [0, num_decode_rows)."""
+    max_query_len: int
+    """Longest prefill chunk; 0 without prefill rows."""
+    query_lens: Sequence[int]
+    """Host copy: queries of each row. [num_rows]"""
+    context_lens: Sequence[int]
+    """Host copy: K/V length of each row, this step's tokens included. [num_rows]"""
+    query_starts: torch.Tensor  # int64 [num_rows + 1]
+    kv_lens: torch.Tensor  # int64 [num_rows], equals context_lens
+    positions: torch.Tensor  # int64 [num_tokens]
+    slots: torch.Tensor  # int64 [num_tokens], block id * block_size + offset where each token's K/V goes
+    block_tables: torch.Tensor  # int64 [num_rows, max_blocks], padded with block 0, which no sequence owns
+
+
+class KernelBackend(Protocol):
+    """Operators of a decoder-only transformer over a paged KV pool.
+
+    `kv_layer` is one layer of the pool: [num_blocks, 2, num_kv_heads, block_size, head_dim].
+    """
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+
+    def pack_linear(self, parts: Sequence[StoredWeight], bias: Sequence[StoredWeight] = ()) -> Any:
+        """Prepare matrices that share their input as one operator; outputs are concatenated in order.
+
+        Called once per layer at load; `parts` may be read lazily and released afterwards.
+        """
+        ...
+
+    def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        """x [num_tokens, in] → [num_tokens, sum(out)]."""
+        ...
+
+    def pack_embedding(self, table: StoredWeight) -> Any:
+        """Prepare a [vocab, hidden] table for `embed`, and for `linear` too where the head is tied to it."""
+        ...
+
+    def embed(self, token_ids: torch.Tensor, table: Any) -> torch.Tensor:
+        """token_ids int64 [num_tokens] → [num_tokens, hidden]."""
+        ...
+
+    def pack_vector(self, weight: StoredWeight) -> torch.Tensor:
+        """A norm's weight or the like, on the device, in the dtype the norm computes with."""
+        ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x [..., hidden], normalised over the last axis with fp32 statistics."""
+        ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rms_norm(x + residual), x + residual); both [num_tokens, hidden]. May overwrite its inputs."""
+        ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, 2 * n] → silu(first half) * second half, [num_tokens, n]."""
+        ...
+
+    def plan_attention(self, inputs: AttentionInputs, spec: AttentionSpec, block_size: int) -> Any:
+        """Whatever every attention layer of this step shares: index tensors, masks, split counts."""
+        ...
+
+    def rope_and_write_kv(
+        self,
+        qkv: torch.Tensor,
+        rope_table: torch.Tensor,
+        kv_layer: torch.Tensor,
+        plan: Any,
+        spec: AttentionSpec,
+    ) -> torch.Tensor:
+        """Rotate q and k (half-split "neox" pairing), write k and v to their slots, return q.
+
+        qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; rope_table fp32 [max_positions, rotary_dim],
+        cosines in the first half of the last axis and sines in the second. → q [num_tokens, num_heads, head_dim].
+        """
+        ...
+
+    def attention(self, q: torch.Tensor, kv_layer: torch.Tensor, plan: Any, spec: AttentionSpec) -> torch.Tensor:
+        """Causal attention of each query over its row's K/V in the pool, decode rows and prefill rows alike.
+
+        q [num_tokens, num_heads, head_dim] → [num_tokens, num_heads * head_dim].
+        """
+        ...
+
+    def copy_blocks(self, pool: torch.Tensor, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """pool [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]: targets := sources, all layers."""
+        ...
+
+
+def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> KernelBackend:
+    """The one selection point. `name` is "auto" or a backend's name; raises ValueError for an unknown one."""
+    if name in ("auto", "reference"):
+        from .reference.backend import ReferenceBackend
+
+        return ReferenceBackend(device, dtype)
+    raise ValueError(f"unknown kernel backend {name!r}; known: auto, reference")

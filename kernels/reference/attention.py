@@ -1,0 +1,307 @@
+"""Paged attention in plain torch: gather blocks into dense K/V, attend with SDPA.
+
+One layer of the pool, [num_blocks, 2, num_kv_heads, block_size, head_dim], is read as a matrix whose rows are
+(block, K or V, head) and hold block_size * head_dim elements. A single index_select of planned row numbers then
+yields K and V of a group of sequences as [2, B, num_kv_heads, L, head_dim], and everything that does not depend on
+the layer (row numbers, masks, rotations) is computed once per step.
+
+Sequences are grouped by length, so that padding stays small and a group's K/V stays in the cache between the gather
+and the products. What a row must not see is masked, and also zeroed in the gathered copy, because an unused slot may
+hold a NaN from another sequence's life, and 0 * NaN is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from ..backend import AttentionInputs, AttentionSpec
+from .grouping import GroupLimits, RowGroup, group_decode_rows, group_prefill_rows
+
+_MAX_CHUNK_MASK_ELEMENTS = 2**22
+"""Masks are built for at most this many (query, key) pairs at a time: queries are cut into chunks."""
+_MAX_KEPT_MASK_ELEMENTS = 2**25
+"""Masks of a step are kept for all layers up to this many elements; beyond it they are rebuilt in each layer."""
+_DECODE_LIMITS_CPU = GroupLimits(max_bytes=3 * 2**19, max_padding=2.0)
+_DECODE_LIMITS_CUDA = GroupLimits(max_bytes=2**28, max_padding=1.5)
+_PREFILL_LIMITS = GroupLimits(max_bytes=2**26, max_padding=1.25)
+
+
+@dataclass(slots=True)
+class QueryChunk:
+    """Queries [start, stop) of every row of a group, against keys [0, num_keys)."""
+
+    start: int
+    stop: int
+    num_keys: int
+    mask: torch.Tensor | None = None  # [B, 1, stop - start, num_keys], 0 or -inf; None: to be built when used
+
+
+@dataclass(slots=True)
+class AttentionGroup:
+    """Rows that attend together, and the index tensors their gather needs."""
+
+    rows: RowGroup
+    gather_rows: torch.Tensor  # int64 [2 * B * num_kv_heads * blocks per row]
+    unused_slots: torch.Tensor | None  # int64 [num_unused], in units of head_dim elements of the gathered copy
+    decode_mask: torch.Tensor | None = None  # [B, 1, 1, L], 0 or -inf
+    first_token: int = 0
+    """Where the queries of a group of one row begin; larger groups use the two index tensors."""
+    query_tokens: torch.Tensor | None = None  # int64 [B * Q], padded with each row's last token
+    valid_queries: torch.Tensor | None = None  # int64 [num_valid], positions in query_tokens that are no padding
+    valid_tokens: torch.Tensor | None = None  # int64 [num_valid], the tokens there
+    query_positions: torch.Tensor | None = None  # int64 [B, Q]; None where the causal triangle says it all
+    chunks: list[QueryChunk] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class AttentionPlan:
+    """What all attention layers of one step share."""
+
+    dtype: torch.dtype
+    block_size: int
+    num_decode_rows: int
+    positions: torch.Tensor  # int64 [num_tokens]
+    write_rows: torch.Tensor  # int64 [num_tokens * 2 * num_kv_heads], in units of head_dim elements of the layer
+    decode_groups: list[AttentionGroup]
+    prefill_groups: list[AttentionGroup]
+    decode_order: torch.Tensor | None = None  # int64 [num_decode_rows], rows as the groups take them; None: as is
+    rotation: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    """The table of the last rotation, its cosines [num_tokens, 1, rotary_dim] and sines [num_tokens, 1, half]."""
+
+
+def plan(inputs: AttentionInputs, spec: AttentionSpec, block_size: int, dtype: torch.dtype) -> AttentionPlan:
+    """Group the rows and compute the index tensors; host work is linear in rows, all else tensor operations."""
+    block_bytes = 2 * spec.num_kv_heads * block_size * spec.head_dim * dtype.itemsize
+    limits = _DECODE_LIMITS_CPU if inputs.positions.device.type == "cpu" else _DECODE_LIMITS_CUDA
+    decode_rows = group_decode_rows(inputs, block_size, block_bytes, limits)
+    order = [row for group in decode_rows for row in group.rows]
+    in_order = order == list(range(len(order)))
+    return AttentionPlan(
+        dtype=dtype,
+        block_size=block_size,
+        num_decode_rows=inputs.num_decode_rows,
+        positions=inputs.positions,
+        write_rows=_write_rows(inputs.slots, spec.num_kv_heads, block_size),
+        decode_groups=[_decode_group(inputs, rows, spec, block_size, dtype) for rows in decode_rows],
+        prefill_groups=[
+            _prefill_group(inputs, rows, spec, block_size, dtype)
+            for rows in group_prefill_rows(inputs, block_size, block_bytes, _PREFILL_LIMITS)
+        ],
+        decode_order=None if in_order else torch.tensor(order, device=inputs.positions.device),
+    )
+
+
+def _write_rows(slots: torch.Tensor, num_kv_heads: int, block_size: int) -> torch.Tensor:
+    """Where each token's K heads and then V heads go, as rows of the layer seen as [.., head_dim]."""
+    blocks = torch.div(slots, block_size, rounding_mode="floor")  # [num_tokens]
+    heads = torch.arange(2 * num_kv_heads, device=slots.device) * block_size  # [2 * num_kv_heads]
+    first = blocks * (2 * num_kv_heads * block_size) + slots % block_size  # [num_tokens]
+    return (first[:, None] + heads).view(-1)
+
+
+def _gather_group(inputs: AttentionInputs, rows: RowGroup, spec: AttentionSpec, block_size: int) -> AttentionGroup:
+    device = inputs.positions.device
+    num_blocks = rows.num_blocks(block_size)
+    row_ids = torch.tensor(rows.rows, device=device)  # [B]
+    blocks = inputs.block_tables.index_select(0, row_ids)[:, :num_blocks]  # [B, num_blocks]
+    halves = torch.arange(2, device=device)[:, None, None, None]
+    heads = torch.arange(spec.num_kv_heads, device=device)[None, None, :, None]
+    gather = (blocks[None, :, None, :] * 2 + halves) * spec.num_kv_heads + heads  # [2, B, num_kv_heads, num_blocks]
+    unused = None
+    if min(rows.context_lens) < rows.max_context_len:
+        lens = torch.tensor(rows.context_lens, device=device)  # [B]
+        length = num_blocks * block_size
+        row, slot = (torch.arange(length, device=device) >= lens[:, None]).nonzero(as_tuple=True)  # [num_unused]
+        copies = torch.arange(2 * spec.num_kv_heads, device=device)[:, None]
+        half, head = copies // spec.num_kv_heads, copies % spec.num_kv_heads
+        unused = (((half * len(rows.rows) + row) * spec.num_kv_heads + head) * length + slot).view(-1)
+    return AttentionGroup(rows=rows, gather_rows=gather.reshape(-1), unused_slots=unused)
+
+
+def _decode_group(
+    inputs: AttentionInputs, rows: RowGroup, spec: AttentionSpec, block_size: int, dtype: torch.dtype
+) -> AttentionGroup:
+    group = _gather_group(inputs, rows, spec, block_size)
+    if group.unused_slots is not None:
+        device = inputs.positions.device
+        lens = torch.tensor(rows.context_lens, device=device)  # [B]
+        seen = torch.arange(rows.max_context_len, device=device) < lens[:, None]  # [B, L]
+        group.decode_mask = _additive(seen, dtype)[:, None, None, :]
+    return group
+
+
+def _prefill_group(
+    inputs: AttentionInputs, rows: RowGroup, spec: AttentionSpec, block_size: int, dtype: torch.dtype
+) -> AttentionGroup:
+    group = _gather_group(inputs, rows, spec, block_size)
+    device = inputs.positions.device
+    row_ids = torch.tensor(rows.rows, device=device)  # [B]
+    starts = inputs.query_starts.index_select(0, row_ids)[:, None]  # [B, 1]
+    lens = torch.tensor(rows.query_lens, device=device)[:, None]  # [B, 1]
+    offsets = torch.arange(rows.max_query_len, device=device)[None]  # [1, Q]
+    tokens = (starts + torch.minimum(offsets, lens - 1)).view(-1)  # [B * Q]
+    if len(rows.rows) == 1:
+        group.first_token = rows.first_token
+    else:
+        group.query_tokens = tokens
+        group.valid_queries = (offsets < lens).view(-1).nonzero().view(-1)
+        group.valid_tokens = tokens.index_select(0, group.valid_queries)
+    if not rows.from_start:
+        group.query_positions = inputs.positions.index_select(0, tokens).view(len(rows.rows), -1)
+    group.chunks = list(_chunk_queries(rows))
+    total = sum((chunk.stop - chunk.start) * chunk.num_keys for chunk in group.chunks) * len(rows.rows)
+    if total <= _MAX_KEPT_MASK_ELEMENTS:
+        for chunk in group.chunks:
+            chunk.mask = _chunk_mask(group, chunk, dtype)
+    return group
+
+
+def _chunk_queries(rows: RowGroup) -> Iterator[QueryChunk]:
+    """Rows that start their sequence need no mask, hence no chunks; others are cut to bound the mask."""
+    length, queries = rows.max_context_len, rows.max_query_len
+    if rows.from_start:
+        yield QueryChunk(0, queries, queries)
+        return
+    step = max(16, _MAX_CHUNK_MASK_ELEMENTS // (length * len(rows.rows)))
+    for start in range(0, queries, step):
+        stop = min(start + step, queries)
+        # No query of the chunk lies further on than this in its sequence, whichever its row.
+        num_keys = min(length, rows.max_num_computed + stop)
+        yield QueryChunk(start, stop, num_keys)
+
+
+def _chunk_mask(group: AttentionGroup, chunk: QueryChunk, dtype: torch.dtype) -> torch.Tensor | None:
+    if group.query_positions is None:
+        return None
+    positions = group.query_positions[:, chunk.start : chunk.stop, None]  # [B, q, 1]
+    keys = torch.arange(chunk.num_keys, device=positions.device)  # [num_keys]
+    return _additive(keys <= positions, dtype)[:, None]
+
+
+def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """bool → 0 where seen, -inf elsewhere: the form SDPA adds without converting it in each layer."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
+def rope_and_write_kv(
+    qkv: torch.Tensor, rope_table: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, spec: AttentionSpec
+) -> torch.Tensor:
+    """See `KernelBackend.rope_and_write_kv`. Rotates within `qkv`, in fp32; the returned q is a view of it."""
+    num_tokens = qkv.shape[0]
+    num_rotated = spec.num_heads + spec.num_kv_heads
+    heads = qkv.view(num_tokens, num_rotated + spec.num_kv_heads, spec.head_dim)
+    if plan.rotation is None or plan.rotation[0] is not rope_table:
+        rows = rope_table.index_select(0, plan.positions)[:, None, :]  # [num_tokens, 1, rotary_dim]
+        cos, sin = rows.chunk(2, dim=-1)  # each [num_tokens, 1, rotary_dim / 2]
+        plan.rotation = (rope_table, torch.cat((cos, cos), dim=-1), sin.contiguous())
+    _, cosines, sines = plan.rotation
+    half = sines.shape[-1]
+    x = heads[:, :num_rotated, : 2 * half]  # [num_tokens, num_heads + num_kv_heads, rotary_dim]
+    rotated = x * cosines  # fp32
+    rotated[..., :half].addcmul_(x[..., half:], sines, value=-1)
+    rotated[..., half:].addcmul_(x[..., :half], sines)
+    x.copy_(rotated)
+    new_kv = heads[:, spec.num_heads :].reshape(-1, spec.head_dim)  # [num_tokens * 2 * num_kv_heads, head_dim]
+    kv_layer.view(-1, spec.head_dim).index_copy_(0, plan.write_rows, new_kv)
+    return heads[:, : spec.num_heads]
+
+
+def attend(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, spec: AttentionSpec) -> torch.Tensor:
+    """See `KernelBackend.attention`."""
+    out = torch.empty((q.shape[0], spec.num_heads * spec.head_dim), dtype=q.dtype, device=q.device)
+    if plan.decode_groups:
+        _attend_decode(q[: plan.num_decode_rows], kv_layer, plan, spec, out[: plan.num_decode_rows])
+    for group in plan.prefill_groups:
+        _attend_prefill(q, kv_layer, plan, group, spec, out)
+    return out
+
+
+def _gather(
+    kv_layer: torch.Tensor, group: AttentionGroup, spec: AttentionSpec, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense K and V of a group, each [B, num_kv_heads, max_context_len, head_dim], zero beyond each row's context."""
+    width = block_size * spec.head_dim
+    gathered = kv_layer.view(-1, width).index_select(0, group.gather_rows)
+    if group.unused_slots is not None:
+        gathered.view(-1, spec.head_dim).index_fill_(0, group.unused_slots, 0)
+    kv = gathered.view(2, len(group.rows.rows), spec.num_kv_heads, -1, spec.head_dim)
+    kv = kv[:, :, :, : group.rows.max_context_len]
+    return kv[0], kv[1]
+
+
+def _attend_decode(
+    q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, spec: AttentionSpec, out: torch.Tensor
+) -> None:
+    """q [num_decode_rows, num_heads, head_dim] → out [num_decode_rows, num_heads * head_dim].
+
+    The query heads that share a K/V head stand in SDPA's query axis, so that K/V need not be repeated for them.
+    """
+    if plan.decode_order is not None:
+        q = q.index_select(0, plan.decode_order)
+    ordered = out if plan.decode_order is None else torch.empty_like(out)
+    start = 0
+    for group in plan.decode_groups:
+        stop = start + len(group.rows.rows)
+        keys, values = _gather(kv_layer, group, spec, plan.block_size)
+        queries = q[start:stop].view(
+            stop - start, spec.num_kv_heads, -1, spec.head_dim
+        )  # [B, num_kv_heads, group, head_dim]
+        result = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=group.decode_mask, scale=spec.scale
+        )  # [B, num_kv_heads, group, head_dim]
+        ordered[start:stop] = result.reshape(stop - start, -1)
+        start = stop
+    if plan.decode_order is not None:
+        out.index_copy_(0, plan.decode_order, ordered)
+
+
+def _attend_prefill(
+    q: torch.Tensor,
+    kv_layer: torch.Tensor,
+    plan: AttentionPlan,
+    group: AttentionGroup,
+    spec: AttentionSpec,
+    out: torch.Tensor,
+) -> None:
+    """q [num_tokens, num_heads, head_dim] → the group's rows of out [num_tokens, num_heads * head_dim]."""
+    keys, values = _gather(kv_layer, group, spec, plan.block_size)
+    num_rows, num_queries = len(group.rows.rows), group.rows.max_query_len
+    first = group.first_token
+    tokens = group.query_tokens
+    queries = q[first : first + num_queries] if tokens is None else q.index_select(0, tokens)
+    queries = queries.view(num_rows, num_queries, spec.num_heads, spec.head_dim).transpose(1, 2)
+    result = _attend_chunks(queries, keys, values, plan, group, spec)  # [B, num_heads, Q, head_dim]
+    result = result.transpose(1, 2).reshape(num_rows * num_queries, -1)
+    if group.valid_queries is None or group.valid_tokens is None:
+        out[first : first + num_queries] = result
+    else:
+        out.index_copy_(0, group.valid_tokens, result.index_select(0, group.valid_queries))
+
+
+def _attend_chunks(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    plan: AttentionPlan,
+    group: AttentionGroup,
+    spec: AttentionSpec,
+) -> torch.Tensor:
+    results = []
+    for chunk in group.chunks:
+        mask = chunk.mask if chunk.mask is not None else _chunk_mask(group, chunk, plan.dtype)
+        results.append(
+            F.scaled_dot_product_attention(
+                queries[:, :, chunk.start : chunk.stop],
+                keys[:, :, : chunk.num_keys],
+                values[:, :, : chunk.num_keys],
+                attn_mask=mask,
+                is_causal=group.rows.from_start,
+                scale=spec.scale,
+                enable_gqa=spec.num_heads != spec.num_kv_heads,
+            )
+        )
+    return results[0] if len(results) == 1 else torch.cat(results, dim=2)

@@ -1,0 +1,78 @@
+"""The reference backend: every operator in plain torch, on any device torch has. The oracle of all the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..backend import AttentionInputs, AttentionSpec
+from ..weights import StoredWeight
+from . import attention
+from .linear import EmbeddingTable, can_prepack, load_linear
+
+
+class ReferenceBackend:
+    """Implements `KernelBackend`; see there for what each operator means. Holds no state but its settings."""
+
+    name = "reference"
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+        self._prepack = can_prepack(device, dtype)
+
+    def pack_linear(self, parts: Sequence[StoredWeight], bias: Sequence[StoredWeight] = ()) -> Any:
+        return load_linear(parts, bias, self.device, self.dtype, self._prepack)
+
+    def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        product: torch.Tensor = weight.head(x) if isinstance(weight, EmbeddingTable) else weight(x)
+        return product
+
+    def pack_embedding(self, table: StoredWeight) -> Any:
+        return EmbeddingTable(table.dequantize(self.dtype).to(self.device), self._prepack)
+
+    def embed(self, token_ids: torch.Tensor, table: Any) -> torch.Tensor:
+        rows: torch.Tensor = table.table.index_select(0, token_ids)
+        return rows
+
+    def pack_vector(self, weight: StoredWeight) -> torch.Tensor:
+        return weight.dequantize(self.dtype).to(self.device)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = residual.add_(x)
+        return self.rms_norm(residual, weight, eps), residual
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        half = gate_up.shape[-1] // 2
+        return F.silu(gate_up[..., :half]).mul_(gate_up[..., half:])
+
+    def plan_attention(self, inputs: AttentionInputs, spec: AttentionSpec, block_size: int) -> attention.AttentionPlan:
+        return attention.plan(inputs, spec, block_size, self.dtype)
+
+    def rope_and_write_kv(
+        self,
+        qkv: torch.Tensor,
+        rope_table: torch.Tensor,
+        kv_layer: torch.Tensor,
+        plan: attention.AttentionPlan,
+        spec: AttentionSpec,
+    ) -> torch.Tensor:
+        return attention.rope_and_write_kv(qkv, rope_table, kv_layer, plan, spec)
+
+    def attention(
+        self, q: torch.Tensor, kv_layer: torch.Tensor, plan: attention.AttentionPlan, spec: AttentionSpec
+    ) -> torch.Tensor:
+        return attention.attend(q, kv_layer, plan, spec)
+
+    def copy_blocks(self, pool: torch.Tensor, sources: Sequence[int], targets: Sequence[int]) -> None:
+        source_ids = torch.tensor(sources, dtype=torch.int64, device=pool.device)  # [num_copies]
+        target_ids = torch.tensor(targets, dtype=torch.int64, device=pool.device)  # [num_copies]
+        pool.index_copy_(1, target_ids, pool.index_select(1, source_ids))

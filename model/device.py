@@ -1,0 +1,54 @@
+"""Which device and dtype a model runs with: resolved once, at start."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+from .spec import ModelError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NATIVE_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" takes a CUDA device if torch finds one. Raises ModelError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        built = "finds no CUDA device" if torch.version.cuda else "was built without CUDA"
+        raise ModelError(f"device cuda was asked for, but this torch {built}; use device cpu or auto")
+    if name not in ("cpu", "cuda"):
+        raise ModelError(f"unknown device {name!r}; known: auto, cpu, cuda")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 where the device multiplies it natively, else float32. Raises ModelError for the unknown."""
+    if name == "auto":
+        return torch.bfloat16 if _has_native_bfloat16(device) else torch.float32
+    if name not in _DTYPES:
+        raise ModelError(f"unknown dtype {name!r}; known: auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _has_native_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(_cpu_flags() & _NATIVE_BF16_FLAGS)
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    """Instruction sets as Linux names them; empty elsewhere, where float32 is the safe choice."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "flags":
+            return frozenset(value.split())
+    return frozenset()

@@ -1,0 +1,89 @@
+"""A scheduled batch as tensors: what the model reads in one step."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..kernels.backend import AttentionInputs
+from ..scheduler.batch import ScheduledBatch, ScheduledRow
+
+_Ints = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True, frozen=True)
+class ForwardBatch:
+    """One step's tokens, row after row, and where they belong."""
+
+    token_ids: torch.Tensor  # int64 [num_tokens]
+    attention: AttentionInputs
+    logits_indices: torch.Tensor  # int64 [num_drawing], the last token of each row that draws
+    drawing_rows: list[ScheduledRow]
+    """In batch order. [num_drawing]"""
+
+
+def build_forward_batch(batch: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
+    """Read the rows' live views once and move the result to the device. The batch must not be empty."""
+    rows = batch.rows
+    num_rows = len(rows)
+    computed = np.fromiter((row.num_computed_tokens for row in rows), np.int64, num_rows)
+    query_lens = np.fromiter((row.num_scheduled_tokens for row in rows), np.int64, num_rows)
+    context_lens = computed + query_lens
+    query_starts = np.zeros(num_rows + 1, np.int64)
+    np.cumsum(query_lens, out=query_starts[1:])
+    num_tokens = int(query_starts[-1])
+
+    row_of_token = np.repeat(np.arange(num_rows), query_lens)
+    positions = np.arange(num_tokens) - query_starts[row_of_token] + computed[row_of_token]
+    tables = _block_tables(rows, context_lens, block_size)
+    slots = tables[row_of_token, positions // block_size] * block_size + positions % block_size
+    draws = np.fromiter((row.draws_token for row in rows), np.bool_, num_rows)
+
+    attention = AttentionInputs(
+        num_rows=num_rows,
+        num_decode_rows=batch.num_decode_rows,
+        max_query_len=int(query_lens[batch.num_decode_rows :].max(initial=0)),
+        query_lens=query_lens.tolist(),
+        context_lens=context_lens.tolist(),
+        query_starts=_to_device(query_starts, device),
+        kv_lens=_to_device(context_lens, device),
+        positions=_to_device(positions, device),
+        slots=_to_device(slots, device),
+        block_tables=_to_device(tables, device),
+    )
+    return ForwardBatch(
+        token_ids=_to_device(_token_ids(batch, num_tokens), device),
+        attention=attention,
+        logits_indices=_to_device(query_starts[1:][draws] - 1, device),
+        drawing_rows=[row for row in rows if row.draws_token],
+    )
+
+
+def _token_ids(batch: ScheduledBatch, num_tokens: int) -> _Ints:
+    """The tokens run in this step. [num_tokens]"""
+    pieces = (row.token_ids[row.num_computed_tokens : row.num_tokens_after] for row in batch.rows)
+    return np.fromiter(itertools.chain.from_iterable(pieces), np.int64, num_tokens)
+
+
+def _block_tables(rows: list[ScheduledRow], context_lens: _Ints, block_size: int) -> _Ints:
+    """Only the blocks in use; block 0 behind them. [num_rows, max_blocks]"""
+    counts = -(-context_lens // block_size)  # [num_rows]
+    width = int(counts.max())
+    tables = np.zeros((len(rows), width), np.int64)
+    used = itertools.chain.from_iterable(
+        row.block_ids[0][:count] for row, count in zip(rows, counts.tolist(), strict=True)
+    )
+    tables[np.arange(width) < counts[:, None]] = np.fromiter(used, np.int64, int(counts.sum()))
+    return tables
+
+
+def _to_device(array: _Ints, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        # Only from pinned memory does the copy run beside the host's work.
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor

@@ -1,0 +1,86 @@
+"""Llama (Touvron et al. 2023) and everything of its shape: SmolLM2, TinyLlama, Llama 2 and 3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ..kernels.backend import AttentionInputs, KernelBackend
+from .layers import (
+    Embedding,
+    Linear,
+    Norm,
+    attention_parameters,
+    attention_spec,
+    load_attention,
+    load_mlp,
+    mlp_parameters,
+)
+from .rope import rope_table
+from .spec import ModelSpec
+from .weights.source import WeightSource
+
+_EMBEDDING = "model.embed_tokens.weight"
+_FINAL_NORM = "model.norm.weight"
+_HEAD = "lm_head.weight"
+
+
+class LlamaLayer:
+    """One pre-norm block; the residual stream travels beside the normalised input."""
+
+    def __init__(self, backend: KernelBackend, source: WeightSource, spec: ModelSpec, prefix: str) -> None:
+        eps = spec.rms_norm_eps
+        self.input_norm = Norm(backend, source.weight(f"{prefix}.input_layernorm.weight"), eps)
+        self.attention = load_attention(backend, source, spec, f"{prefix}.self_attn")
+        self.mlp_norm = Norm(backend, source.weight(f"{prefix}.post_attention_layernorm.weight"), eps)
+        self.mlp = load_mlp(backend, source, spec, f"{prefix}.mlp")
+
+
+class LlamaForCausalLM:
+    """Implements `registry.CausalLM`."""
+
+    def __init__(
+        self, spec: ModelSpec, source: WeightSource, backend: KernelBackend, progress: Callable[[float], None]
+    ) -> None:
+        """Loads everything; the source was checked against `parameters`. `progress` gets the share done, 0 to 1."""
+        self._backend = backend
+        self._attention_spec = attention_spec(spec)
+        self._embedding = Embedding(backend, source.weight(_EMBEDDING))
+        self._layers: list[LlamaLayer] = []
+        for index in range(spec.num_hidden_layers):
+            self._layers.append(LlamaLayer(backend, source, spec, f"model.layers.{index}"))
+            progress((index + 1) / (spec.num_hidden_layers + 1))
+        self._norm = Norm(backend, source.weight(_FINAL_NORM), spec.rms_norm_eps)
+        self._head = None if spec.tie_word_embeddings else Linear(backend, [source.weight(_HEAD)])
+        self._rope_table = rope_table(spec.rope, spec.max_position_embeddings, backend.device)
+        progress(1.0)
+
+    @staticmethod
+    def parameters(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield _EMBEDDING, (spec.vocab_size, spec.hidden_size)
+        for index in range(spec.num_hidden_layers):
+            prefix = f"model.layers.{index}"
+            yield f"{prefix}.input_layernorm.weight", (spec.hidden_size,)
+            yield from attention_parameters(spec, f"{prefix}.self_attn")
+            yield f"{prefix}.post_attention_layernorm.weight", (spec.hidden_size,)
+            yield from mlp_parameters(spec, f"{prefix}.mlp")
+        yield _FINAL_NORM, (spec.hidden_size,)
+        if not spec.tie_word_embeddings:
+            yield _HEAD, (spec.vocab_size, spec.hidden_size)
+
+    def forward(self, token_ids: torch.Tensor, attention: AttentionInputs, kv_pool: torch.Tensor) -> torch.Tensor:
+        plan = self._backend.plan_attention(attention, self._attention_spec, kv_pool.shape[4])
+        residual = self._embedding(token_ids)  # [num_tokens, hidden]
+        x = self._layers[0].input_norm(residual)
+        for index, layer in enumerate(self._layers):
+            if index > 0:
+                x, residual = layer.input_norm.add(x, residual)
+            x = layer.attention(x, self._rope_table, kv_pool[index], plan)
+            x, residual = layer.mlp_norm.add(x, residual)
+            x = layer.mlp(x)
+        return residual.add_(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = self._norm(hidden)
+        return self._embedding.logits(hidden) if self._head is None else self._head(hidden)

@@ -1,0 +1,142 @@
+"""How large the K/V pool is, and how long a sequence may therefore be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from .kv_cache import bytes_per_block
+from .spec import ModelError, ModelSpec
+
+_CPU_FRACTION = 0.5
+"""Share of the memory that is free when the pool is sized; the rest serves activations and everything else."""
+_CUDA_FRACTION = 0.92
+_MIN_USABLE_BLOCKS = 4
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """What the pool turned out to be."""
+
+    num_blocks: int
+    """Block 0, which no sequence owns, included."""
+    max_model_len: int
+    """Tokens of one sequence at most: asked for or trained for, and no more than the pool holds."""
+    kv_cache_bytes: int
+    notes: tuple[str, ...] = ()
+    """Lines a user should see: what was fitted, and how to get more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheRequest:
+    """What the pool is to serve."""
+
+    block_size: int
+    dtype: torch.dtype
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_cache_memory: int | None = None
+    """Bytes. None: from the free memory."""
+    max_model_len: int | None = None
+    """None: what the model was trained for."""
+
+
+def plan_cache(spec: ModelSpec, request: CacheRequest, device: torch.device) -> CachePlan:
+    """Size the pool. Raises ModelError when not even a few blocks fit, or for a context the model does not have."""
+    trained_len = spec.max_position_embeddings
+    wanted_len = request.max_model_len if request.max_model_len is not None else trained_len
+    if wanted_len < 1:
+        raise ModelError(f"max_model_len must be at least 1, not {wanted_len}")
+    if wanted_len > trained_len:
+        raise ModelError(f"max_model_len {wanted_len} exceeds the {trained_len} positions that the model knows")
+    block_bytes = bytes_per_block(spec, request.block_size, request.dtype)
+    budget = request.kv_cache_memory
+    if budget is None:
+        budget = _free_budget(spec, request, device)
+    blocks_per_seq = -(-wanted_len // request.block_size)
+    useful = request.max_num_seqs * blocks_per_seq + 1
+    num_blocks = min(budget // block_bytes, useful)
+    needed = min(_MIN_USABLE_BLOCKS, blocks_per_seq) + 1
+    if num_blocks < needed:
+        raise ModelError(_too_small(request, budget, needed * block_bytes))
+    max_model_len = min(wanted_len, (num_blocks - 1) * request.block_size)
+    notes: tuple[str, ...] = ()
+    if max_model_len < wanted_len:
+        notes = (
+            f"the KV cache of {num_blocks * block_bytes / _GIB:.2f} GiB holds {max_model_len} tokens, so sequences are "
+            f"limited to that instead of {wanted_len}; a larger kv-cache-memory lifts the limit",
+        )
+    return CachePlan(num_blocks, max_model_len, num_blocks * block_bytes, notes)
+
+
+def _too_small(request: CacheRequest, budget: int, needed: int) -> str:
+    have = f"{budget / 2**20:.1f} MiB"
+    need = f"{needed / 2**20:.1f} MiB"
+    if request.kv_cache_memory is not None:
+        return f"kv-cache-memory of {have} holds too few blocks of {request.block_size} tokens; give at least {need}"
+    return (
+        f"only {have} of memory is left for the KV cache and {need} is the least that serves; free some memory, "
+        "or choose a smaller model or dtype"
+    )
+
+
+def _free_budget(spec: ModelSpec, request: CacheRequest, device: torch.device) -> int:
+    """Bytes that the pool may take of what is free now, the weights being loaded already."""
+    reserve = activation_bytes(spec, request)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        # What other processes hold is gone already; the fraction leaves room for fragmentation and libraries.
+        return max(0, int(free - (1 - _CUDA_FRACTION) * total) - reserve)
+    return max(0, int(available_cpu_bytes() * _CPU_FRACTION) - reserve)
+
+
+def activation_bytes(spec: ModelSpec, request: CacheRequest) -> int:
+    """An upper estimate of what one step allocates beside weights and pool."""
+    widest = max(
+        2 * spec.intermediate_size,
+        (spec.num_attention_heads + 2 * spec.num_key_value_heads) * spec.head_dim,
+    )
+    per_token = (4 * spec.hidden_size + 2 * widest) * request.dtype.itemsize
+    # Sampling holds a few fp32 copies of the logits of every drawing row.
+    per_row = 6 * 4 * spec.vocab_size
+    return request.max_num_batched_tokens * per_token + request.max_num_seqs * per_row
+
+
+def available_cpu_bytes() -> int:
+    """Free memory of the machine, or what the control group leaves of it if that is less."""
+    available: int = psutil.virtual_memory().available
+    group = _cgroup_available()
+    return available if group is None else min(available, group)
+
+
+def _cgroup_available(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that the container may still take; None where nothing limits it. Version 2 first, then version 1."""
+    for limit_name, usage_name, stat_name in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        limit = _read_integer(root / limit_name)
+        usage = _read_integer(root / usage_name)
+        if limit is not None and usage is not None:
+            # Page cache counts as usage, but the kernel drops it when asked to.
+            return max(0, limit - usage + _inactive_file_bytes(root / stat_name))
+    return None
+
+
+def _read_integer(path: Path) -> int | None:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):  # "max" says that there is no limit
+        return None
+
+
+def _inactive_file_bytes(path: Path) -> int:
+    try:
+        fields = dict(line.split(maxsplit=1) for line in path.read_text(encoding="ascii").splitlines())
+        return int(fields.get("total_inactive_file", fields.get("inactive_file", "0")))
+    except (OSError, ValueError):
+        return 0

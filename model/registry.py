@@ -1,0 +1,55 @@
+"""Which families are known. A new one is a file like llama.py and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+
+from ..kernels.backend import AttentionInputs, KernelBackend
+from .llama import LlamaForCausalLM
+from .spec import ModelError, ModelSpec
+from .weights.source import WeightSource
+
+
+class CausalLM(Protocol):
+    """A loaded model."""
+
+    def forward(self, token_ids: torch.Tensor, attention: AttentionInputs, kv_pool: torch.Tensor) -> torch.Tensor:
+        """All layers over all tokens of a step; K/V go to the pool.
+
+        token_ids int64 [num_tokens], kv_pool [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]
+        → the residual stream [num_tokens, hidden], not yet normalised.
+        """
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm and head: [n, hidden] → [n, vocab], in the working dtype."""
+        ...
+
+
+class ModelFamily(Protocol):
+    """What the registry holds: a class that declares its parameters and loads them."""
+
+    def __call__(
+        self, spec: ModelSpec, source: WeightSource, backend: KernelBackend, progress: Callable[[float], None]
+    ) -> CausalLM: ...
+
+    def parameters(self, spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every tensor the family reads, by canonical name and shape."""
+        ...
+
+
+_FAMILIES: dict[str, ModelFamily] = {
+    "LlamaForCausalLM": LlamaForCausalLM,
+}
+
+
+def model_family(architecture: str) -> ModelFamily:
+    """Raises ModelError for an architecture that no file here implements."""
+    family = _FAMILIES.get(architecture)
+    if family is None:
+        known = ", ".join(sorted(_FAMILIES))
+        raise ModelError(f"the model's architecture {architecture or '(none)'} is not supported; known: {known}")
+    return family

@@ -1,0 +1,143 @@
+"""Runs scheduled batches through a model: loads it, owns the K/V pool, forwards, samples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from ..kernels.backend import select_backend
+from ..scheduler.batch import BlockCopy, ScheduledBatch, StepResult
+from .config import ModelConfig
+from .device import resolve_device, resolve_dtype
+from .forward_batch import ForwardBatch, build_forward_batch
+from .kv_cache import allocate_pool
+from .loader import check_weights, load_model
+from .memory import CachePlan, CacheRequest, plan_cache
+from .sampler import Sampler
+from .spec import ModelError
+from .weights.open import open_weights
+from .weights.source import WeightSource
+
+_DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
+
+
+class ModelRunner:
+    """One model on one device. It reads scheduled rows and never changes them, nor keeps them beyond a step.
+
+    Executing a batch, or a part of it, once more writes the same keys and values to the same places and counts
+    nothing twice, so a failed step may be retried.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        block_size: int,
+        progress: Callable[[str, float], None] | None = None,
+        source: WeightSource | None = None,
+    ) -> None:
+        """Load the model; `progress` gets a phase's name and the share of it done. `source` replaces the one that
+        `config.path` names. Raises ModelError if the model or the device cannot be used as asked."""
+        self.phases: dict[str, float] = {}
+        """Seconds spent in each phase of the start."""
+        report = progress or (lambda phase, share: None)
+        self.block_size = block_size
+        self._device = resolve_device(config.device)
+        dtype = resolve_dtype(config.dtype, self._device)
+        with self._phase("open", report):
+            source = source or open_weights(config.path)
+            num_parameters = check_weights(source)
+        self.spec = source.spec
+        self.weight_bytes = num_parameters * dtype.itemsize
+        """Weights in the working dtype."""
+        with self._phase("load", report), torch.inference_mode():
+            try:
+                self.backend = select_backend(config.kernel_backend, self._device, dtype)
+            except ValueError as error:
+                raise ModelError(str(error)) from error
+            self._model = load_model(source, self.backend, lambda share: report("load", share))
+        self._sampler = Sampler(self.spec.vocab_size, self._device)
+        self._kv_pool: torch.Tensor | None = None
+
+    @contextmanager
+    def _phase(self, name: str, report: Callable[[str, float], None]) -> Iterator[None]:
+        report(name, 0.0)
+        started = time.perf_counter()
+        yield
+        self.phases[name] = time.perf_counter() - started
+        report(name, 1.0)
+
+    @property
+    def default_max_num_batched_tokens(self) -> int:
+        return _DEFAULT_BATCHED_TOKENS[self._device.type]
+
+    def allocate_cache(
+        self,
+        *,
+        kv_cache_memory: int | None,
+        max_num_seqs: int,
+        max_model_len: int | None,
+        max_num_batched_tokens: int,
+    ) -> CachePlan:
+        """Size and allocate the pool, once, before the first batch. Raises ModelError if too little memory is left."""
+        started = time.perf_counter()
+        request = CacheRequest(
+            block_size=self.block_size,
+            dtype=self.backend.dtype,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_memory=kv_cache_memory,
+            max_model_len=max_model_len,
+        )
+        plan = plan_cache(self.spec, request, self._device)
+        self._kv_pool = allocate_pool(self.spec, plan.num_blocks, self.block_size, self.backend.dtype, self._device)
+        self.phases["allocate_cache"] = time.perf_counter() - started
+        return plan
+
+    @property
+    def kv_pool(self) -> torch.Tensor:
+        """[num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]."""
+        if self._kv_pool is None:
+            raise RuntimeError("allocate_cache must be called before the first batch")
+        return self._kv_pool
+
+    @torch.inference_mode()
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy blocks of all layers. `execute` does not look at `batch.block_copies`: copy before it, and once."""
+        if copies:
+            self.backend.copy_blocks(self.kv_pool, [c.source for c in copies], [c.target for c in copies])
+
+    def release(self, seq_ids: Sequence[str]) -> None:
+        """Forget what is kept for sequences that ended, as a batch's `finished_seq_ids` also do."""
+        self._sampler.drop(seq_ids)
+
+    @torch.inference_mode()
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        """One forward pass over all scheduled tokens of all rows, then a token for each row that draws.
+
+        Raises FloatingPointError if a row's logits are NaN. Times are the host's: on a device that works
+        asynchronously, the wait for the forward pass counts as sampling.
+        """
+        self._sampler.drop(batch.finished_seq_ids)
+        if not batch.rows:
+            return StepResult([])
+        started = time.perf_counter()
+        forward = build_forward_batch(batch, self.block_size, self._device)
+        logits = self._forward(forward)
+        forwarded = time.perf_counter()
+        sampled = self._sampler.sample(logits, forward.drawing_rows) if forward.drawing_rows else []
+        return StepResult(sampled, forwarded - started, time.perf_counter() - forwarded)
+
+    @torch.inference_mode()
+    def forward_logits(self, batch: ScheduledBatch) -> torch.Tensor:
+        """Logits [num_drawing, vocab] of the rows that draw, before any processing."""
+        return self._forward(build_forward_batch(batch, self.block_size, self._device))
+
+    def _forward(self, batch: ForwardBatch) -> torch.Tensor:
+        hidden = self._model.forward(batch.token_ids, batch.attention, self.kv_pool)  # [num_tokens, hidden]
+        if not batch.drawing_rows:
+            return hidden.new_empty((0, self.spec.vocab_size))
+        return self._model.logits(hidden.index_select(0, batch.logits_indices))

@@ -1,0 +1,63 @@
+"""Scheduled rows as tensors, against the definition spelled out token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from octavo.model.forward_batch import build_forward_batch
+from octavo.scheduler.batch import ScheduledBatch, ScheduledRow
+from octavo.scheduler.sampling_params import SamplingParams
+
+
+@st.composite
+def batches(draw: Any) -> tuple[ScheduledBatch, int]:
+    block_size = draw(st.sampled_from([16, 32]))
+    num_decode = draw(st.integers(0, 4))
+    rows = []
+    for index in range(num_decode + draw(st.integers(0 if num_decode else 1, 4))):
+        length = draw(st.integers(2, 90))
+        if index < num_decode:
+            computed, scheduled = length - 1, 1
+        else:
+            computed = draw(st.integers(0, length - 1))
+            scheduled = draw(st.integers(1, length - computed))
+        num_blocks = -(-(computed + scheduled) // block_size) + draw(st.integers(0, 2))
+        blocks = draw(st.lists(st.integers(1, 1000), min_size=num_blocks, max_size=num_blocks))
+        tokens = draw(st.lists(st.integers(0, 9999), min_size=length, max_size=length))
+        rows.append(ScheduledRow(str(index), tokens, 1, computed, scheduled, (blocks,), SamplingParams(), 0))
+    return ScheduledBatch(rows, num_decode), block_size
+
+
+@given(case=batches())
+@settings(max_examples=100, deadline=None)
+def test_every_token_stands_where_its_row_says(case):
+    batch, block_size = case
+    forward = build_forward_batch(batch, block_size, torch.device("cpu"))
+    attention = forward.attention
+    tokens, positions, slots, last_tokens = [], [], [], []
+    for index, row in enumerate(batch.rows):
+        assert attention.query_starts[index] == len(tokens)
+        for position in range(row.num_computed_tokens, row.num_tokens_after):
+            tokens.append(row.token_ids[position])
+            positions.append(position)
+            slots.append(row.block_ids[0][position // block_size] * block_size + position % block_size)
+        if row.draws_token:
+            last_tokens.append(len(tokens) - 1)
+        used = -(-row.num_tokens_after // block_size)
+        table = attention.block_tables[index].tolist()
+        assert table[:used] == row.block_ids[0][:used]
+        assert not any(table[used:])
+    assert forward.token_ids.tolist() == tokens
+    assert attention.positions.tolist() == positions
+    assert attention.slots.tolist() == slots
+    assert forward.logits_indices.tolist() == last_tokens
+    assert forward.drawing_rows == [row for row in batch.rows if row.draws_token]
+    assert attention.query_starts[-1] == len(tokens)
+    assert attention.context_lens == attention.kv_lens.tolist() == [row.num_tokens_after for row in batch.rows]
+    assert attention.query_lens == [row.num_scheduled_tokens for row in batch.rows]
+    prefill = attention.query_lens[batch.num_decode_rows :]
+    assert attention.max_query_len == max(prefill, default=0)
+    assert attention.block_tables.shape[1] == max(-(-n // block_size) for n in attention.context_lens)
