@@ -145,6 +145,7 @@ class LLM:
         finally:
             for item in opened:
                 self._client.release(item.stream.request_id)
+            self._client.step()  # delivers aborts; nothing is left that it could compute
         return [item.generation for item in opened]
 
     def chat(

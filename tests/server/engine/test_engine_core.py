@@ -1,0 +1,235 @@
+"""The engine step around a scripted runner: failures stay with whoever caused them, and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Sequence
+
+import pytest
+from octavo.scheduler.batch import BlockCopy, SampledRow, ScheduledBatch, StepResult
+from octavo.scheduler.config import CacheConfig, SchedulerConfig
+from octavo.scheduler.sampling_params import InvalidRequest, SamplingParams
+from octavo.scheduler.scheduler import Scheduler
+from octavo.server.engine.client import EngineState, EngineUnavailable
+from octavo.server.engine.core import EngineCore, EngineFailure
+from octavo.server.engine.inline import InlineClient
+from octavo.server.engine.messages import (
+    Abort,
+    EngineReady,
+    GenerateRequest,
+    Shutdown,
+    StepOutput,
+    StepStats,
+    TokenOutput,
+)
+from octavo.server.engine.wire import Channel, ConnectionClosed, FrameBuffer, encode_frame, frame, up_decoder
+from octavo.server.engine.worker import serve
+
+
+class ScriptedRunner:
+    """Draws token 7 for every row; raises for batches that hold a poisoned request."""
+
+    def __init__(self) -> None:
+        self.poisoned: set[str] = set()
+        self.broken = False
+        self.executed: list[int] = []
+        self.released: list[str] = []
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None: ...
+
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        self.executed.append(len(batch.rows))
+        if self.broken or any(row.seq_id.rpartition("/")[0] in self.poisoned for row in batch.rows):
+            raise RuntimeError("secret prompt text")
+        return StepResult([SampledRow(row.seq_id, [7]) for row in batch.rows if row.draws_token])
+
+    def release(self, seq_ids: Sequence[str]) -> None:
+        self.released += seq_ids
+
+    def probe(self) -> None:
+        if self.broken:
+            raise RuntimeError("no device")
+
+
+READY = EngineReady(
+    max_model_len=64,
+    max_num_seqs=32,
+    max_num_waiting=8,
+    max_num_batched_tokens=64,
+    block_size=4,
+    num_blocks=256,
+    kv_cache_bytes=0,
+    weight_bytes=0,
+    vocab_size=100,
+    eos_token_ids=[99],
+    prefix_caching=True,
+    architecture="Fake",
+    dtype="float32",
+    device="cpu",
+    backend="fake",
+    phases={},
+)
+
+
+@pytest.fixture
+def runner() -> ScriptedRunner:
+    return ScriptedRunner()
+
+
+@pytest.fixture
+def core(runner: ScriptedRunner) -> EngineCore:
+    scheduler = Scheduler(
+        SchedulerConfig(max_num_seqs=32, max_num_waiting=8),
+        CacheConfig(block_size=4),
+        num_blocks=257,
+        max_model_len=64,
+        max_num_batched_tokens=64,
+        eos_token_ids=(99,),
+    )
+    return EngineCore(scheduler, runner, probe=runner.probe)
+
+
+def request(name: str, **params: int) -> GenerateRequest:
+    defaults = {"max_tokens": 3}
+    return GenerateRequest(request_id=name, prompt_token_ids=[1, 2, 3], params=SamplingParams(**{**defaults, **params}))
+
+
+def run(core: EngineCore) -> dict[str, list[TokenOutput]]:
+    outputs: dict[str, list[TokenOutput]] = {}
+    while core.has_work:
+        for output in core.step().outputs:
+            outputs.setdefault(output.request_id, []).append(output)
+    return outputs
+
+
+def test_one_poisoned_request_of_sixteen_fails_alone(core: EngineCore, runner: ScriptedRunner) -> None:
+    for index in range(16):
+        core.add(request(f"r{index}"))
+    runner.poisoned.add("r11")
+    outputs = run(core)
+    for name, items in outputs.items():
+        if name == "r11":
+            (only,) = items
+            assert only.error is not None
+            assert only.error.code == "internal_error"
+            assert "secret" not in only.error.message
+        else:
+            assert [token for item in items for token in item.token_ids] == [7, 7, 7]
+            assert items[-1].finish_reason == "length"
+    # The failed step and its halves, down to single rows; then the steps of the fifteen others.
+    assert runner.executed == [16, 8, 8, 4, 2, 2, 1, 1, 4, 15, 15]
+    core.idle()
+    assert sorted(set(runner.released)) == sorted(f"r{index}/0" for index in range(16))
+    assert core.scheduler.blocks.num_free_blocks == 256
+
+
+def test_all_samples_of_a_failed_request_end_with_one_error(core: EngineCore, runner: ScriptedRunner) -> None:
+    core.add(request("many", n=4))
+    core.step()
+    runner.poisoned.add("many")
+    outputs = run(core)["many"]
+    assert [output.error is not None for output in outputs] == [True]
+    assert not core.scheduler.requests
+
+
+def test_a_broken_machine_ends_the_engine(core: EngineCore, runner: ScriptedRunner) -> None:
+    core.add(request("a"))
+    core.add(request("b"))
+    runner.broken = True
+    with pytest.raises(EngineFailure, match="no device"):
+        core.step()
+
+
+def test_a_full_queue_is_one_error_output(core: EngineCore) -> None:
+    for index in range(41):
+        core.add(request(f"r{index}"))
+    outputs = run(core)
+    assert outputs["r40"][0].error is not None
+    assert outputs["r40"][0].error.code == "queue_full"
+    assert sum(items[-1].finish_reason == "length" for items in outputs.values()) == 40
+
+
+def test_counters_are_reported_once(core: EngineCore) -> None:
+    core.add(request("a"))
+    stats = [core.step().stats for _ in range(3)]
+    assert [item.num_prompt_tokens for item in stats] == [3, 0, 0]
+    assert [item.num_generation_tokens for item in stats] == [1, 1, 1]
+    assert stats[-1].num_running == 0
+    assert core.idle().stats.num_generation_tokens == 0
+
+
+def test_timings_come_in_order(core: EngineCore) -> None:
+    core.add(request("a"))
+    timings = run(core)["a"][-1].timings
+    assert timings is not None
+    assert timings.arrival <= timings.scheduled <= timings.first_token <= timings.last_token
+
+
+def test_the_inline_client_streams_and_refuses(core: EngineCore) -> None:
+    async def scenario() -> None:
+        client = InlineClient(core, READY)
+        await client.start()
+        stream = client.submit(request("a"))
+        tokens: list[int] = []
+        while not stream.finished:
+            tokens += [token for output in await stream.next() for token in output.token_ids]
+        assert tokens == [7, 7, 7]
+        assert client.num_open_requests == 0
+        with pytest.raises(InvalidRequest, match="vocabulary"):
+            client.submit(GenerateRequest(request_id="b", prompt_token_ids=[100], params=SamplingParams()))
+        with pytest.raises(InvalidRequest) as too_long:
+            client.submit(GenerateRequest(request_id="b", prompt_token_ids=[1] * 65, params=SamplingParams()))
+        assert too_long.value.code == "context_length_exceeded"
+        waiting = client.submit(request("c", max_tokens=60))
+        await client.close()
+        (last,) = [output for output in await waiting.next() if output.error is not None]
+        assert last.error is not None
+        assert last.error.code == "engine_dead"
+        assert client.state is EngineState.CLOSED
+        with pytest.raises(EngineUnavailable):
+            client.submit(request("d"))
+
+    asyncio.run(scenario())
+
+
+def test_frames_survive_any_cut() -> None:
+    messages = [encode_frame(StepOutput(outputs=[TokenOutput(request_id=str(i))], stats=StepStats())) for i in range(5)]
+    data = b"".join(messages)
+    for size in (1, 2, 3, 7, len(data)):
+        buffer = FrameBuffer()
+        frames = [f for start in range(0, len(data), size) for f in buffer.feed(data[start : start + size])]
+        decoded = [up_decoder.decode(payload) for payload in frames]
+        assert [message.outputs[0].request_id for message in decoded if isinstance(message, StepOutput)] == list(
+            "01234"
+        )
+
+
+def test_the_worker_loop_serves_a_socket_until_shutdown(core: EngineCore) -> None:
+    ours, theirs = socket.socketpair()
+    thread = threading.Thread(target=serve, args=(core, Channel(theirs)))
+    thread.start()
+    ours.sendall(encode_frame(request("a")) + encode_frame(request("b")) + encode_frame(Abort("b")))
+    buffer, tokens, ended = FrameBuffer(), [], False
+    ours.settimeout(30)
+    while not ended:
+        for payload in buffer.feed(ours.recv(65536)):
+            message = up_decoder.decode(payload)
+            assert isinstance(message, StepOutput)
+            for output in message.outputs:
+                assert output.request_id == "a"
+                tokens += output.token_ids
+                ended = output.finish_reason is not None
+    assert tokens == [7, 7, 7]
+    ours.sendall(encode_frame(Shutdown()))
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_the_worker_leaves_when_its_server_is_gone(core: EngineCore) -> None:
+    ours, theirs = socket.socketpair()
+    ours.sendall(frame(b"")[:2])
+    ours.close()
+    with pytest.raises(ConnectionClosed):
+        serve(core, Channel(theirs))
