@@ -179,6 +179,11 @@ class BlockManager:
                 )
             table.num_published = num_full
 
+    def unpublish(self, seq_id: str) -> None:
+        """Make sure that nobody finds this sequence's blocks any more; sequences that share them keep them."""
+        for table in self.tables[seq_id]:
+            self.pool.unpublish(table.blocks)
+
     def free(self, seq_id: str) -> None:
         """Close a sequence's tables. Raises KeyError if it has none."""
         for table in self.tables.pop(seq_id):

@@ -98,12 +98,12 @@ class BlockPool:
         self.index[group][block_hash] = block
         self._group_of[block.id] = group
 
-    def forget_all(self) -> None:
-        """Empty the prefix index; active blocks stay with their owners."""
-        for block in self.blocks[1:]:
+    def unpublish(self, blocks: Iterable[Block]) -> None:
+        """Take blocks out of the index; active ones stay with their owners."""
+        for block in blocks:
             if block.hash is not None:
+                self.num_cached_free -= block.ref_count == 0
                 self._unpublish(block)
-        self.num_cached_free = 0
 
     def _unpublish(self, block: Block) -> None:
         assert block.hash is not None

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from ..block_manager.manager import BlockManager, PrefixMatch
 from .batch import BlockCopy, SampledRow, ScheduledBatch, ScheduledRow
+from .budget import StepBudget
 from .config import CacheConfig, SchedulerConfig
 from .progress import Progress, SchedulerCounters
 from .queue import WaitingQueue
@@ -45,7 +46,7 @@ class Scheduler:
             raise ValueError(f"a sequence of {max_model_len} tokens does not fit into {num_blocks - 1} blocks")
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
-        # Every running sequence can then compute at least one token in every step.
+        # So that decodes alone never exceed the budget.
         self.max_num_running = min(config.max_num_seqs, max_num_batched_tokens)
         self._max_num_waiting = config.max_num_waiting
         self._eos_token_ids = tuple(eos_token_ids)
@@ -155,27 +156,23 @@ class Scheduler:
         """Decodes first, then prompts under way, then admissions, until the token budget is spent."""
         copies: list[BlockCopy] = []
         preempted = self._secure_decodes()
-        scheduled: list[tuple[Request, int]] = []
-        budget = self.max_num_batched_tokens
-        # Two passes over the same list: one pending token is a decode (or as good as one) and goes first.
-        for decode in (True, False):
-            for request in self.running:
-                if (request.num_pending_tokens == 1) is decode and budget > 0:
-                    count = min(request.num_pending_tokens, budget)
-                    copies += self._grow(request, request.num_computed_tokens + count)
-                    scheduled.append((request, count))
-                    budget -= count
+        budget = StepBudget(self.max_num_batched_tokens)
+        for request in self.running:
+            if request.num_pending_tokens == 1 and budget.take(request):
+                copies += self._grow(request, request.num_tokens)
+        prompts = [request for request in self.running if request.num_pending_tokens > 1]
+        for request in sorted(prompts, key=lambda request: request.order):
+            budget.take(request)  # its blocks were taken at admission
+        # Admitting in a step that had to evict would only move the shortage.
         if not preempted or not self.running:
-            # Admitting in a step that had to evict would only move the shortage.
-            while budget > 0 and (admitted := self._admit()) is not None:
-                count = min(admitted.num_pending_tokens, budget)
-                scheduled.append((admitted, count))
-                budget -= count
-        scheduled.sort(key=lambda item: item[1] > 1)
+            while budget.left > 0 and (admitted := self._admit()) is not None:
+                budget.take(admitted)
+        budget.spread()
+        shares = budget.shares()
         finished, self._finished_seq_ids = self._finished_seq_ids, []
         return ScheduledBatch(
-            rows=[self._row(request, count) for request, count in scheduled],
-            num_decode_rows=sum(count == 1 for _, count in scheduled),
+            rows=[self._row(request, count) for request, count in shares],
+            num_decode_rows=sum(count == 1 for _, count in shares),
             block_copies=copies,
             finished_seq_ids=finished,
         )
@@ -239,6 +236,8 @@ class Scheduler:
         request = self.waiting.peek()
         if request is None or len(self.running) >= self.max_num_running:
             return None
+        if len(self.running) >= self.blocks.num_free_blocks > 0:
+            return None  # not even the reserve is there: spares the look-up of a long prefix in every step
         match = self.blocks.match(request.block_hashes, request.token_ids)
         if self.blocks.blocks_to_admit(match, request.num_tokens) + len(self.running) > self.blocks.num_free_blocks:
             return None
@@ -254,8 +253,8 @@ class Scheduler:
     def _note_admission(self, request: Request, match: PrefixMatch) -> None:
         if request.scheduled_time is None:
             request.scheduled_time = self._clock()
-        if request.num_preemptions == 0:
-            # A readmission finds its own blocks again; counting that would flatter the hit rate.
+        if request.num_preemptions == 0 and request.sample_index == 0:
+            # A readmission finds its own blocks again, a sibling its leader's; counting that would flatter the rate.
             request.num_cached_tokens = match.num_tokens
             if self.blocks.enable_prefix_caching:
                 self.counters.prefix_cache_queries += request.num_tokens
@@ -305,12 +304,13 @@ class Scheduler:
         """
         shared = leader.num_prompt_tokens - 1
         for sibling in self._take_held(leader):
+            sibling.block_hashes.take_over(leader.block_hashes)
+            sibling.num_cached_tokens = leader.num_cached_tokens
             if len(self.running) >= self.max_num_running:
                 self.waiting.push(sibling)
                 continue
             self.blocks.fork(leader.seq_id, sibling.seq_id, shared)
             sibling.num_computed_tokens = shared
-            sibling.num_cached_tokens = leader.num_cached_tokens
             sibling.scheduled_time = leader.scheduled_time
             sibling.status = RequestStatus.RUNNING
             self.running.append(sibling)
@@ -335,5 +335,12 @@ class Scheduler:
         return Progress(request, result.token_ids[:num_new], logprobs, stop)
 
     def fail(self, seq_id: str) -> list[Request]:
-        """End the whole request whose sequence made a step fail; returns its samples that were still live."""
-        return self.abort(seq_id.rpartition("/")[0])
+        """End the whole request whose sequence made a step fail; returns its samples that were still live.
+
+        What it computed may be at fault (a NaN in a shared prefix, say), so nobody shall find its blocks again.
+        """
+        request_id = seq_id.rpartition("/")[0]
+        for sample in self.requests.get(request_id, {}).values():
+            if sample.status is RequestStatus.RUNNING:
+                self.blocks.unpublish(sample.seq_id)
+        return self.abort(request_id)

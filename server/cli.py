@@ -57,14 +57,14 @@ def _serve(arguments: argparse.Namespace) -> int:
     from .engine.process import EngineProcess
 
     # The engine's imports and the loading of weights run while this process imports its own libraries.
-    process = EngineProcess(config.engine)
+    process = EngineProcess(config.engine, config.log_level)
     try:
         from .serve import serve
 
         return serve(config, files, process, listener)
     finally:
         process.socket.close()
-        process.stop()
+        process.stop(0.0)  # a drained one has gone already
 
 
 def _listen(host: str, port: int) -> socket.socket:

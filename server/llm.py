@@ -67,7 +67,8 @@ class _Open:
             completion.text += delta.text
             completion.token_ids += delta.token_ids
             if delta.logprobs is not None:
-                completion.logprobs = (completion.logprobs or []) + delta.logprobs
+                completion.logprobs = completion.logprobs or []
+                completion.logprobs += delta.logprobs
             if delta.finish_reason is not None:
                 completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
             num_new += len(delta.token_ids)
@@ -158,12 +159,8 @@ class LLM:
         """The assistant's answer to one conversation. Raises ChatTemplateError if the model has no chat template."""
         if self.tokenizer.chat_template is None:
             raise ChatTemplateError("this model has no chat template; use generate")
-        bos, eos = self.tokenizer.bos_token_id, next(iter(self.tokenizer.eos_token_ids), None)
-        template = ChatTemplate(
-            self.tokenizer.chat_template,
-            "" if bos is None else self.tokenizer.token_text(bos),
-            "" if eos is None else self.tokenizer.token_text(eos),
-        )
+        tokenizer = self.tokenizer
+        template = ChatTemplate(self.tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
         text = template.render([dict(message) for message in messages], add_generation_prompt=True)
         return self.generate(self.tokenizer.encode(text, add_special_tokens=False), params, progress=progress)[0]
 
@@ -178,17 +175,19 @@ class LLM:
 
     def _run(self, opened: list[_Open], progress: bool) -> None:
         """Step the engine until every prompt is done."""
-        pending = opened
+        pending = {item.stream.request_id: item for item in opened}
         num_tokens = 0
         with tqdm(total=len(opened), unit="prompt", disable=None if progress else True) as bar:
             while pending:
-                self._client.step()
-                num_tokens += sum(item.take() for item in pending)
-                still = [item for item in pending if not item.text.finished]
-                bar.update(len(pending) - len(still))
+                output = self._client.step()
+                for request_id in {item.request_id for item in output.outputs} if output is not None else ():
+                    item = pending[request_id]
+                    num_tokens += item.take()
+                    if item.text.finished:
+                        del pending[request_id]
+                        bar.update()
                 elapsed = bar.format_dict["elapsed"] or 1e-9
                 bar.set_postfix_str(f"{num_tokens / elapsed:.0f} tok/s", refresh=False)
-                pending = still
 
 
 def _is_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:

@@ -31,6 +31,8 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ValueError("expected a size such as 8GiB, 512MiB or a number of bytes")
     exponent = ("", "k", "m", "g", "t").index(match["unit"].lower())
+    if len(match["number"]) > 20:
+        raise ValueError("expected a size that some machine could have")
     return int(float(match["number"]) * 1024**exponent)
 
 
@@ -223,8 +225,7 @@ def resolve_options(arguments: Mapping[str, Any], environ: Mapping[str, str] | N
     for option in OPTIONS:
         if option.name in arguments:
             values[option.name] = _parse(option, arguments[option.name], option.flag)
-        elif option.env in environ:
-            text: Any = environ[option.env]
+        elif text := _from_environment(option, environ):
             values[option.name] = _parse(option, text.split(",") if option.repeated else text, option.env)
         elif option.name in file_values:
             where = f"{option.name} in {config_path}"
@@ -234,12 +235,22 @@ def resolve_options(arguments: Mapping[str, Any], environ: Mapping[str, str] | N
     return values
 
 
+def _from_environment(option: Option, environ: Mapping[str, str]) -> str:
+    """An empty variable counts as unset. So does the address that Kubernetes puts into OCTAVO_PORT for every pod
+    beside a Service named octavo."""
+    text = environ.get(option.env, "").strip()
+    return "" if option.name == "port" and text.startswith("tcp://") else text
+
+
 def _parse(option: Option, given: Any, where: str) -> Any:
     """One value, from text or (config file) from YAML's own types."""
     try:
         if option.repeated:
             items = given if isinstance(given, list) else [given]
-            return tuple(option.parse(str(item).strip()) for item in items)
+            texts = [str(item).strip() for item in items]
+            if "" in texts:
+                raise ValueError("expected no empty value")
+            return tuple(option.parse(text) for text in texts)
         return option.parse(str(given))
     except ValueError as error:
         raise OptionError(f"{where}: {error} (given: {str(given)[:80]!r})") from None

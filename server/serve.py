@@ -34,7 +34,8 @@ class DrainingServer(uvicorn.Server):
     """A uvicorn server that, told to stop, first lets open requests finish.
 
     It keeps listening meanwhile, so that /ready and new requests get an answer (503, Retry-After) instead of a
-    refused connection. The deadline, or a second signal, ends what is still open with an error.
+    refused connection. The deadline, or a second signal, ends what is still open with an error; a third
+    ends the server at once.
     """
 
     def __init__(self, config: uvicorn.Config, state: ServerState, timeout_s: float) -> None:
@@ -57,22 +58,29 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = True
             return
         if self._state.draining:
+            self.force_exit = self._hurry
             self._hurry = True
             return
         self._state.draining = True
         self._loop.call_soon_threadsafe(self._start_drain, signal.Signals(sig).name)
 
     def _start_drain(self, name: str) -> None:
-        count = self._state.client.num_open_requests
+        count = self._state.num_open_generations
         logger.info("%s: finishing %d open requests (again to end them now)", name, count)
         self._drain = asyncio.create_task(self._finish())
 
     async def _finish(self) -> None:
+        try:
+            await self._wait_for_responses()
+            await self._state.client.close()
+        finally:
+            self.should_exit = True
+
+    async def _wait_for_responses(self) -> None:
+        """Until every answer is delivered, the deadline has passed, or somebody is in a hurry."""
         deadline = time.monotonic() + self._timeout_s
-        while self._state.client.num_open_requests and time.monotonic() < deadline and not self._hurry:  # noqa: ASYNC110 - one is a clock
+        while self._state.num_open_generations and time.monotonic() < deadline and not self._hurry:  # noqa: ASYNC110 - one is a clock
             await asyncio.sleep(_DRAIN_POLL_S)
-        await self._state.client.close()
-        self.should_exit = True
 
 
 def serve(config: ServerConfig, files: ModelFiles, process: EngineProcess, listener: socket.socket) -> int:
@@ -100,7 +108,9 @@ async def _serve(
     process: EngineProcess,
     listener: socket.socket,
 ) -> int:
-    client = ProcessClient(config.engine, max_restarts=config.max_engine_restarts, process=process)
+    client = ProcessClient(
+        config.engine, max_restarts=config.max_engine_restarts, process=process, log_level=config.log_level
+    )
     app = create_app(client, config, tokenizer, defaults)
     uvicorn_config = uvicorn.Config(
         app,
@@ -132,7 +142,9 @@ async def _watch(
     if await client.wait_while(EngineState.STARTING) is EngineState.READY:
         seconds = process_age_s()
         ready = await client.wait_ready()
-        print(banner(config, files, ready, listener.getsockname(), seconds), flush=True)
+        # A closed or narrow standard output must not end the watch below.
+        with contextlib.suppress(OSError, ValueError):
+            print(banner(config, files, ready, listener.getsockname(), seconds), flush=True)
         await client.wait_while(EngineState.READY, EngineState.STARTING)
     if client.state is EngineState.DEAD:
         server.fatal_reason = client.dead_reason

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -26,6 +27,8 @@ from .messages import (
     TokenOutput,
     UpMessage,
 )
+
+logger = logging.getLogger("octavo.server")
 
 
 class EngineState(enum.Enum):
@@ -175,19 +178,25 @@ class EngineClient(ABC):
                 if stream.complete:
                     del self._streams[output.request_id]
             for listener in self.stats_listeners:
-                listener(message.stats)
+                self._tell(listener, message.stats)
         elif isinstance(message, EngineReady):
             self.ready = message
             self._set_state(EngineState.READY)
         elif isinstance(message, EngineDead):
             self._engine_died(message.reason)
 
+    def _tell(self, listener: Callable[[StepStats], None], stats: StepStats) -> None:
+        try:
+            listener(stats)
+        except Exception:
+            logger.exception("a listener to the engine's statistics failed")
+
     def _engine_died(self, reason: str, state: EngineState = EngineState.DEAD) -> None:
         """Every open request ends with an error; `state` says whether another engine is on its way."""
         self.dead_reason = reason
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            stream.fail(RequestError(code="engine_dead", message=f"the engine stopped: {reason}"))
+            stream.fail(RequestError(code="engine_dead", message=reason))
         self._set_state(state)
 
     def _set_state(self, state: EngineState) -> None:

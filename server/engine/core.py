@@ -129,13 +129,36 @@ class EngineCore:
 
     def _execute(self, batch: ScheduledBatch) -> StepResult:
         """Run a batch; if it fails, find the rows that make it fail and end their requests alone."""
+        batch = self._copy_blocks(batch)
         if not batch.rows:
             return StepResult([])
-        self._runner.copy_blocks(batch.block_copies)
         try:
             return self._runner.execute(batch)
         except Exception as error:
             return self._isolate(batch, error)
+
+    def _copy_blocks(self, batch: ScheduledBatch) -> ScheduledBatch:
+        """Carry out the batch's copies; a row whose copy fails even alone ends with its request."""
+        try:
+            self._runner.copy_blocks(batch.block_copies)
+            return batch
+        except Exception as error:
+            logger.warning("copying %d blocks failed (%s)", len(batch.block_copies), _one_line(error))
+        failed: dict[int, Exception] = {}
+        for copy in batch.block_copies:
+            try:
+                self._runner.copy_blocks([copy])
+            except Exception as error:
+                failed[copy.target] = error
+        rows = []
+        for row in batch.rows:
+            targets = [block_id for table in row.block_ids for block_id in table if block_id in failed]
+            if targets:
+                self._blame(row.seq_id, failed[targets[0]])
+            else:
+                rows.append(row)
+        num_decode_rows = sum(row.num_scheduled_tokens == 1 for row in rows)
+        return ScheduledBatch(rows, num_decode_rows, finished_seq_ids=batch.finished_seq_ids)
 
     def _isolate(self, batch: ScheduledBatch, error: Exception) -> StepResult:
         """Bisection: running a row twice writes the same K/V twice, so trying again harms nobody."""
@@ -194,7 +217,7 @@ def _token_output(progress: Progress) -> TokenOutput:
         finish_reason=stop.reason if stop is not None else None,
         stop_token_id=stop.token_id if stop is not None else None,
         num_cached_tokens=request.num_cached_tokens,
-        timings=_timings(request) if stop is not None else None,
+        timings=_timings(request) if stop is not None or request.num_output_tokens == len(progress.token_ids) else None,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 from .client import EngineClient, EngineState
 from .core import EngineCore
@@ -28,24 +27,25 @@ class InlineClient(EngineClient):
     async def close(self) -> None:
         if self._pump is not None:
             self._pump.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._pump
+            await asyncio.gather(self._pump, return_exceptions=True)
         self._engine_died("the client was closed", EngineState.CLOSED)
 
-    def step(self) -> bool:
-        """Run one engine step and route what it produced; False when there was nothing to do."""
-        output = self._compute()
-        if output is None:
-            return False
-        self.handle(output)
-        return True
+    def step(self) -> StepOutput | None:
+        """Run one engine step and route what it produced, which is returned; None if there was nothing to do."""
+        output = self._compute(self._take_inbox())
+        if output is not None:
+            self.handle(output)
+        return output
 
     def _send(self, message: DownMessage) -> None:
         self._inbox.append(message)
         self._wake.set()
 
-    def _compute(self) -> StepOutput | None:
+    def _take_inbox(self) -> list[DownMessage]:
         inbox, self._inbox = self._inbox, []
+        return inbox
+
+    def _compute(self, inbox: list[DownMessage]) -> StepOutput | None:
         for message in inbox:
             if isinstance(message, GenerateRequest):
                 self.core.add(message)
@@ -59,7 +59,7 @@ class InlineClient(EngineClient):
         """Steps run in a thread, so that the event loop goes on serving, as it does with an engine process."""
         while True:
             try:
-                output = await asyncio.to_thread(self._compute)
+                output = await asyncio.to_thread(self._compute, self._take_inbox())
             except Exception as error:
                 self._engine_died(f"{type(error).__name__}: {error}")
                 raise

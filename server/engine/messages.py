@@ -76,7 +76,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     num_cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache, known from the first output on."""
     timings: RequestTimings | None = None
-    """With `finish_reason`, for a sample that was scheduled at all."""
+    """With the first output of a sample (a stop string may end it without another), and with the last."""
     error: RequestError | None = None
     """With finish_reason "error": the whole request has ended, whatever its `sample_index`."""
 

@@ -1,6 +1,6 @@
 """The engine process: receive, step, send, until the HTTP process says so or is gone.
 
-Started as `python -P -m octavo.server.engine.worker FD` with one end of a socket pair. The first frame is the
+Started as `python -P -m octavo.server.engine.worker FD LOG_LEVEL` with one end of a socket pair. The first frame is the
 EngineConfig as JSON. Nothing of HTTP is imported here.
 """
 
@@ -23,13 +23,13 @@ HEARTBEAT_S = 2.0
 logger = logging.getLogger("octavo.engine")
 
 
-def main(fd: int, started: float) -> int:
-    """Serve the connection on file descriptor `fd`; returns the exit status."""
+def main(fd: int, log_level: str, started: float) -> int:
+    """Serve the connection on file descriptor `fd`; returns the exit status. `started` is in seconds of the epoch."""
     # Ctrl-C reaches the whole foreground group; the HTTP process drains and then says Shutdown.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     channel = Channel(socket.socket(fileno=fd))
     try:
         frames: list[bytes] = []
@@ -73,14 +73,12 @@ def _build(channel: Channel, config: EngineConfig, started: float) -> EngineCore
 def serve(core: EngineCore, channel: Channel) -> None:
     """The loop. Waits while there is nothing to do, and gives a sign of life now and then."""
     while True:
-        busy = core.has_work
-        messages = channel.receive(0.0 if busy else HEARTBEAT_S)
-        for message in messages:
+        for message in channel.receive(0.0 if core.has_work else HEARTBEAT_S):
             if not _take(core, message):
                 return
         if core.has_work:
             channel.send(core.step())
-        elif not busy:
+        else:
             channel.send(core.idle())
 
 
@@ -106,4 +104,4 @@ def _report_death(channel: Channel, reason: str) -> int:
 if __name__ == "__main__":
     import psutil
 
-    sys.exit(main(int(sys.argv[1]), psutil.Process().create_time()))
+    sys.exit(main(int(sys.argv[1]), sys.argv[2], psutil.Process().create_time()))

@@ -214,3 +214,40 @@ def test_limits_of_the_model_are_checked_apart() -> None:
         SamplingParams(n=5).check_against(vocab_size=100, max_num_seqs=4)
     with pytest.raises(InvalidRequest, match="must not exceed"):
         SamplingParams(min_tokens=5, max_tokens=4)
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    scheduler = make(num_blocks=1025, budget=128)
+    scheduler.add("long", [1] * 3000, SamplingParams(max_tokens=2))
+    assert shares(step(scheduler)[0]) == {"long/0": 128}
+    scheduler.add("short", [1] * 40, SamplingParams(max_tokens=2))
+    batch, progress = step(scheduler)
+    assert shares(batch) == {"long/0": 88, "short/0": 40}
+    assert [item.request.request_id for item in progress] == ["short"]
+
+
+def test_prompts_that_fit_are_not_cut_up() -> None:
+    scheduler = make(num_blocks=257, budget=128)
+    for index in range(4):
+        scheduler.add(f"r{index}", [1] * 50, SamplingParams(max_tokens=2))
+    assert shares(step(scheduler)[0]) == {"r0/0": 50, "r1/0": 50, "r2/0": 28}
+    assert shares(step(scheduler)[0]) == {"r0/0": 1, "r1/0": 1, "r2/0": 22, "r3/0": 50}
+
+
+def test_siblings_inherit_the_hash_chain_and_count_no_hits() -> None:
+    scheduler = Scheduler(
+        SchedulerConfig(max_num_seqs=2),
+        CacheConfig(block_size=4),
+        num_blocks=65,
+        max_model_len=64,
+        max_num_batched_tokens=64,
+    )
+    scheduler.add("a", list(range(13)), SamplingParams(n=4, max_tokens=3))
+    step(scheduler)
+    for sample in scheduler.requests["a"].values():
+        assert len(sample.block_hashes.hashes) == 3
+    cached = set()
+    while scheduler.has_work:
+        cached |= {item.request.num_cached_tokens for item in step(scheduler)[1]}
+    assert cached == {0}
+    assert (scheduler.counters.prefix_cache_queries, scheduler.counters.prefix_cache_hits) == (13, 0)

@@ -40,7 +40,7 @@ def test_every_option_can_come_from_every_source(tmp_path: Path) -> None:
         if option.name == "allow_anonymous":
             flag = [option.flag]
         file = tmp_path / "one.yaml"
-        file.write_text(f"{option.name}: {text}\n")
+        file.write_text(f"{option.name}: {text!r}\n")
         assert resolve(*flag)[option.name] == expected
         assert resolve(env={option.env: text})[option.name] == expected
         assert resolve("--config", str(file))[option.name] == expected

@@ -233,3 +233,35 @@ def test_the_worker_leaves_when_its_server_is_gone(core: EngineCore) -> None:
     ours.close()
     with pytest.raises(ConnectionClosed):
         serve(core, Channel(theirs))
+
+
+def test_a_copy_that_fails_ends_only_the_request_it_was_for(
+    core: EngineCore, runner: ScriptedRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core.add(request("other"))
+    core.add(request("samples", n=2))
+    core.step()
+
+    def copy_blocks(copies: Sequence[BlockCopy]) -> None:
+        if copies:
+            raise MemoryError("no room for a copy")
+
+    monkeypatch.setattr(runner, "copy_blocks", copy_blocks)
+    outputs = run(core)
+    assert outputs["samples"][-1].error is not None
+    assert outputs["other"][-1].finish_reason == "length"
+    core.idle()
+    assert core.scheduler.blocks.num_free_blocks == 256
+
+
+def test_what_a_failed_request_computed_is_never_found_again(core: EngineCore, runner: ScriptedRunner) -> None:
+    prompt = list(range(1, 20))
+    for name in ("first", "second"):
+        core.add(GenerateRequest(request_id=name, prompt_token_ids=prompt, params=SamplingParams(max_tokens=9)))
+        core.step()
+    assert core.scheduler.counters.prefix_cache_hits == 16
+    runner.poisoned.add("second")
+    run(core)
+    core.add(GenerateRequest(request_id="third", prompt_token_ids=prompt, params=SamplingParams(max_tokens=1)))
+    run(core)
+    assert core.scheduler.counters.prefix_cache_hits == 16
