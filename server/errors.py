@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -76,10 +77,13 @@ def model_not_found(name: str) -> ApiError:
 
 def from_invalid_request(error: InvalidRequest, written_as: Mapping[str, str] | None = None) -> ApiError:
     """`written_as` maps a parameter to the name under which this caller gave it."""
-    param = error.param
-    if param is not None and written_as:
-        param = written_as.get(param, param)
-    return invalid(error.message, param, error.code)
+    param, message = error.param, error.message
+    for name, written in (written_as or {}).items():
+        if param == name:
+            param = written
+        if name != "prompt":  # which in a message is the English word
+            message = re.sub(rf"\b{name}\b", written, message)
+    return invalid(message, param, error.code)
 
 
 def from_unavailable(error: EngineUnavailable) -> ApiError:
@@ -89,7 +93,7 @@ def from_unavailable(error: EngineUnavailable) -> ApiError:
 def from_request_error(error: RequestError, *, queue_retry_after_s: int = 1) -> ApiError:
     """A request that the engine took and could not finish."""
     if error.code == "invalid_request":
-        return invalid(error.message)
+        return invalid(error.message, error.param)
     if error.code == "queue_full":
         return ApiError(
             429, error.message, type="rate_limit_error", code="rate_limit_exceeded", retry_after_s=queue_retry_after_s
@@ -97,6 +101,20 @@ def from_request_error(error: RequestError, *, queue_retry_after_s: int = 1) -> 
     if error.code == "engine_dead":
         return ApiError(503, error.message, type="server_error", code="engine_dead", retry_after_s=5)
     return ApiError(500, error.message, type="server_error", code="internal_error")
+
+
+def rejection_reason(error: BaseException | None) -> str | None:
+    """Why a generation request was turned down as a whole, as the metrics name it; None if it was not."""
+    if isinstance(error, EngineUnavailable):
+        return "unavailable"
+    if isinstance(error, GenerationFailed):
+        code = error.error.code
+        return code if code in ("queue_full", "invalid_request") else None
+    if isinstance(error, InvalidRequest | ApiError):
+        if isinstance(error, ApiError) and error.status_code >= 500:
+            return None
+        return error.code if error.code in ("context_length_exceeded", "model_not_found") else "invalid_request"
+    return "invalid_request" if isinstance(error, RequestValidationError) else None
 
 
 def internal_error() -> ApiError:
@@ -118,7 +136,7 @@ def from_validation(errors: Iterable[Mapping[str, Any]]) -> ApiError:
         num_errors += 1
         if num_errors > MAX_REPORTED_ERRORS:
             continue
-        param = _location(error.get("loc", ()))
+        param = _location((*error.get("loc", ()), *_culprit(error)))
         if num_errors == 1:
             first_param = param
         messages.append(_describe(error, param))
@@ -127,8 +145,13 @@ def from_validation(errors: Iterable[Mapping[str, Any]]) -> ApiError:
     return invalid("; ".join(messages) or "the request is not valid", first_param)
 
 
+def _culprit(error: Mapping[str, Any]) -> tuple[str, ...]:
+    """The field to blame for what was found in a whole object, where the finding names it."""
+    return (str(error["ctx"]["field"]),) if error.get("type") == "too_many_fields" else ()
+
+
 def _location(loc: Iterable[Any]) -> str | None:
-    parts = [_printable(str(part)) for part in loc]
+    parts = [printable(str(part)) for part in loc]
     if parts and parts[0] in ("body", "query", "path", "header"):
         parts = parts[1:]
     return ".".join(parts) or None
@@ -144,7 +167,8 @@ def _describe(error: Mapping[str, Any], param: str | None) -> str:
     return f"{param}: {message}" if param else message
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
+    """A name that the caller made up, fit to be repeated in a message."""
     cut = name[:MAX_NAME_CHARS] + ("…" if len(name) > MAX_NAME_CHARS else "")
     return "".join(char if char.isprintable() else "?" for char in cut)
 

@@ -62,7 +62,7 @@ LENGTH_HISTOGRAMS = (
     "request_params_max_tokens",
     "request_prefill_kv_computed_tokens",
 )
-REJECTION_REASONS = ("queue_full", "invalid_request", "context_length_exceeded", "unavailable")
+REJECTION_REASONS = ("queue_full", "invalid_request", "context_length_exceeded", "model_not_found", "unavailable")
 MAX_DRAIN_SECONDS = 60
 HTTP_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
@@ -135,8 +135,10 @@ class Metrics:
         self._labels = {"model_name": model_name, "engine": "0"}
         self._max_model_len: int | None = None
         self._num_waiting = 0
-        self.recent_ends: deque[float] = deque(maxlen=64)
-        """When the last samples ended, oldest first."""
+        self._recent_ends: deque[float] = deque(maxlen=512)
+        """When the last samples ended, oldest first. They end in batches: enough for several of them."""
+        self._pressed_since: float | None = None
+        """When the engine's idleness, or the emptiness of its queue, ended; None while it is idle."""
         ProcessCollector(registry=self.registry)
         self._make_gauges()
         self._make_counters()
@@ -207,6 +209,10 @@ class Metrics:
 
     def on_step(self, stats: StepStats) -> None:
         """A listener for `EngineClient.stats_listeners`: gauges as they are, counters by their increase."""
+        if stats.num_running + stats.num_waiting == 0:
+            self._pressed_since = None
+        elif self._pressed_since is None or (stats.num_waiting and not self._num_waiting):
+            self._pressed_since = time.monotonic()
         self._num_waiting = stats.num_waiting
         self._running.set(stats.num_running)
         self._waiting.set(stats.num_waiting)
@@ -232,14 +238,27 @@ class Metrics:
         self._step_seconds["update"].inc(stats.update_seconds)
 
     def drain_seconds(self) -> int:
-        """About how long what is waiting now will take to be served, as fast as requests have ended lately."""
-        ends = self.recent_ends
-        if len(ends) < 2:
+        """About how long what waits now, and one more, will take to be served, as fast as samples have ended lately.
+
+        "Lately" begins when the load did, so that idle time is no part of the rate.
+        """
+        ends, since = self._recent_ends, self._pressed_since
+        if since is None:
             return 1
-        seconds_per_end = (time.monotonic() - ends[0]) / len(ends)
-        return max(1, min(MAX_DRAIN_SECONDS, math.ceil(self._num_waiting * seconds_per_end)))
+        if len(ends) == ends.maxlen:
+            since = max(since, ends[0])
+        elapsed = time.monotonic() - since
+        num_ends = sum(end > since for end in ends)
+        # Where nothing has ended yet, the best guess is that it takes as long again.
+        seconds = (self._num_waiting + 1) * elapsed / num_ends if num_ends else elapsed
+        return max(1, min(MAX_DRAIN_SECONDS, math.ceil(seconds)))
+
+    def on_end(self, now: float) -> None:
+        """One sample has ended well."""
+        self._recent_ends.append(now)
 
     def on_rejection(self, reason: str) -> None:
+        """Once for each generation request that was turned down, by the route that it came through."""
         self._rejections[reason if reason in self._rejections else "invalid_request"].inc()
 
     def on_http(self, handler: str, method: str, status: int, seconds: float) -> None:
@@ -333,7 +352,7 @@ class RequestMetrics:
         histograms = self._metrics.histograms
         num_tokens = self._num_tokens[delta.index]
         self._num_finished += 1
-        self._metrics.recent_ends.append(now)
+        self._metrics.on_end(now)
         self._metrics.request_success[delta.finish_reason or "stop"].inc()
         histograms["e2e_request_latency_seconds"].observe(now - self._started_at)
         histograms["request_prompt_tokens"].observe(self._num_prompt_tokens)
@@ -359,7 +378,5 @@ class RequestMetrics:
 
     def on_closed(self, error: RequestError | None, now: float) -> None:
         num_open = self._params.n - self._num_finished
-        if error is not None and error.code == "queue_full":
-            self._metrics.on_rejection("queue_full")
-        elif num_open:
+        if num_open:
             self._metrics.request_success["abort" if error is None else "error"].inc(num_open)

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset(("/health", "/live", "/ready", "/metrics", "/version"))
 """What needs no key: probes and scrapes. Every other path does, known or not, so that new routes fail closed."""
+DOCUMENTATION_PATHS = frozenset(("/docs", "/openapi.json"))
+"""To be read (GET) without a key, since a browser cannot send one: they describe the API and hold no data."""
 UNMEASURED_PATHS = frozenset(("/health", "/live", "/ready", "/metrics"))
 MAX_LABEL_CHARS = 128
 
@@ -82,7 +84,7 @@ class RequestContextMiddleware:
 
 
 class ApiKeyMiddleware:
-    """Demands `Authorization: Bearer <key>` for every path but `OPEN_PATHS`; without keys, lets all pass.
+    """Demands `Authorization: Bearer <key>` for every path but those listed above; without keys, lets all pass.
 
     Leaves the key in `scope["state"]["api_key"]`, from which the prefix cache's salt is derived.
     """
@@ -107,7 +109,8 @@ class ApiKeyMiddleware:
         await self._app(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
-        return scope["method"] in ("GET", "HEAD") and scope["path"] in OPEN_PATHS
+        method, path = scope["method"], scope["path"]
+        return (method in ("GET", "HEAD") and path in OPEN_PATHS) or (method == "GET" and path in DOCUMENTATION_PATHS)
 
     def _is_valid(self, key: bytes) -> bool:
         """Compares digests with every key, so that time tells neither length, prefix nor which one it was."""

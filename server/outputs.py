@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import msgspec
+
 from ..scheduler.batch import TokenLogprobs
 from .detokenizer import Detokenizer
 from .engine.client import EngineClient, RequestStream
@@ -34,7 +36,7 @@ class TextDelta:
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended it; None for eos and length."""
     timings: RequestTimings | None = None
-    """With `finish_reason`, unless a stop string ended the sample: the engine was not asked then."""
+    """With `finish_reason`."""
 
 
 class GenerationFailed(Exception):
@@ -103,13 +105,21 @@ class StopMatcher:
 class _Sample:
     """One sample's text so far."""
 
-    __slots__ = ("detokenizer", "finished", "matcher", "num_tokens")
+    __slots__ = ("detokenizer", "finished", "matcher", "num_tokens", "timings")
 
     def __init__(self, detokenizer: Detokenizer, matcher: StopMatcher | None) -> None:
         self.detokenizer = detokenizer
         self.matcher = matcher
         self.num_tokens = 0
         self.finished = False
+        self.timings: RequestTimings | None = None
+        """The engine's latest; they come with its first and its last output."""
+
+    def timings_until_now(self) -> RequestTimings | None:
+        """For a sample that ends here and not in the engine, whose clock is the same."""
+        if self.timings is None:
+            return None
+        return msgspec.structs.replace(self.timings, last_token=max(self.timings.first_token, time.monotonic()))
 
 
 class TextAssembler:
@@ -134,6 +144,7 @@ class TextAssembler:
         self._num_open_samples = params.n
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_cached_tokens = 0
+        """Of sample 0, which computed the prompt: what the others share with it is no cache hit."""
         self.error: RequestError | None = None
         """Set when the engine failed the request; nothing is processed after that."""
 
@@ -155,11 +166,13 @@ class TextAssembler:
                     code="internal_error", message="the engine stopped working on this request"
                 )
                 break
-            if output.num_cached_tokens > self.num_cached_tokens:
-                self.num_cached_tokens = output.num_cached_tokens
             sample = self._samples[output.sample_index]
             if sample.finished:
                 continue
+            if output.sample_index == 0 and sample.num_tokens == 0:
+                self.num_cached_tokens = output.num_cached_tokens
+            if output.timings is not None:
+                sample.timings = output.timings
             delta = deltas.get(output.sample_index)
             if delta is None:
                 delta = deltas[output.sample_index] = TextDelta(output.sample_index)
@@ -220,7 +233,8 @@ class TextAssembler:
             delta.finish_reason = "stop" if output.finish_reason == "stop" else "length"
             if output.stop_token_id in self._stop_token_ids:
                 delta.stop_reason = output.stop_token_id
-        delta.timings = output.timings
+        ended_in_engine = output.finish_reason is not None and output.timings is not None
+        delta.timings = output.timings if ended_in_engine else sample.timings_until_now()
 
 
 class GenerationObserver(Protocol):
@@ -242,10 +256,13 @@ class GenerationStream:
         stream: RequestStream,
         tokenizer: Tokenizer,
         observer: GenerationObserver | None = None,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_close` is called exactly once, by the first `close`."""
         self._client = client
         self._stream = stream
         self._observer = observer
+        self._on_close = on_close
         self._closed = False
         self.text = TextAssembler(
             request, tokenizer, lambda sample_index: client.abort(request.request_id, sample_index)
@@ -274,11 +291,17 @@ class GenerationStream:
                 self.text.error = RequestError(code="internal_error", message="the engine's output ended early")
         return []
 
-    def close(self) -> None:
-        """Release the request, aborting what of it still runs. Idempotent."""
+    def close(self, *, refused: bool = False) -> None:
+        """Release the request, aborting what of it still runs. Idempotent.
+
+        `refused`: the caller's whole request was turned down, so how this part of it ended is not observed.
+        """
         if self._closed:
             return
         self._closed = True
-        self._client.release(self._stream.request_id)
-        if self._observer is not None:
-            self._observer.on_closed(self.text.error, time.monotonic())
+        try:
+            self._client.release(self._stream.request_id)
+            if self._observer is not None and not refused:
+                self._observer.on_closed(self.text.error, time.monotonic())
+        finally:
+            self._on_close()

@@ -9,9 +9,9 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from ..scheduler.sampling_params import InvalidRequest, SamplingParams
+from ..scheduler.sampling_params import SamplingParams
 from .chat_template import ChatTemplate, ChatTemplateError
 from .config import ServerConfig
 from .engine.admission import MAX_CACHE_SALT_CHARS
@@ -26,6 +26,16 @@ logger = logging.getLogger(__name__)
 
 INLINE_ENCODE_CHARS = 16_384
 """Longer texts are tokenised on a thread, so that other clients' streams do not pause."""
+
+
+class TemplateMessage(Protocol):
+    """One turn of a conversation, as a request body holds it."""
+
+    @property
+    def num_chars(self) -> int:
+        """About how much text it is."""
+
+    def for_template(self) -> dict[str, Any]: ...
 
 
 class ServerState:
@@ -50,10 +60,16 @@ class ServerState:
         self._salt_secret = secrets.token_bytes(32)
         self._busy_since = 0.0
         """When the first of the requests now open came: an idle engine's silence is no stall."""
+        self._num_open_generations = 0
 
     @property
     def model_name(self) -> str:
         return self.config.served_model_names[0]
+
+    @property
+    def num_open_generations(self) -> int:
+        """Streams submitted and not yet closed: the engine may be done with one whose text is still being sent."""
+        return self._num_open_generations
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name not in self.config.served_model_names:
@@ -98,18 +114,20 @@ class ServerState:
         return work() if num_chars <= INLINE_ENCODE_CHARS else await asyncio.to_thread(work)
 
     async def render_chat(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, template_kwargs: Mapping[str, Any]
+        self, messages: Sequence[TemplateMessage], *, add_generation_prompt: bool, template_kwargs: Mapping[str, Any]
     ) -> str:
         """The prompt text of a conversation; 400 if the model's template has none for it."""
-        num_chars = sum(len(message["content"] or "") for message in messages)
-        try:
-            if num_chars + 64 * len(messages) <= INLINE_ENCODE_CHARS:
-                return self.chat_template.render(
-                    messages, add_generation_prompt=add_generation_prompt, **template_kwargs
-                )
-            return await asyncio.to_thread(
-                self.chat_template.render, messages, add_generation_prompt=add_generation_prompt, **template_kwargs
+
+        def work() -> str:
+            return self.chat_template.render(
+                [message.for_template() for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                **template_kwargs,
             )
+
+        num_chars = sum(message.num_chars for message in messages)
+        try:
+            return work() if num_chars <= INLINE_ENCODE_CHARS else await asyncio.to_thread(work)
         except ChatTemplateError as error:
             raise invalid(str(error), "messages") from error
 
@@ -127,23 +145,23 @@ class ServerState:
 
     def submit(self, request: GenerateRequest) -> GenerationStream:
         """Hand a request to the engine. Raises InvalidRequest or EngineUnavailable; close what is returned."""
-        try:
-            self.require_engine()
-            if not self.client.num_open_requests:
-                self._busy_since = time.monotonic()
-            stream = self.client.submit(request)
-        except InvalidRequest as error:
-            self.metrics.on_rejection(error.code or "invalid_request")
-            raise
-        except EngineUnavailable:
-            self.metrics.on_rejection("unavailable")
-            raise
+        self.require_engine()
+        if not self.client.num_open_requests:
+            self._busy_since = time.monotonic()
+        stream = self.client.submit(request)
         try:
             observer = self.metrics.begin_request(request.params, len(request.prompt_token_ids))
-            return GenerationStream(self.client, request, stream, self.tokenizer, observer)
+            generation = GenerationStream(
+                self.client, request, stream, self.tokenizer, observer, on_close=self._generation_closed
+            )
         except BaseException:
             self.client.release(request.request_id)
             raise
+        self._num_open_generations += 1
+        return generation
+
+    def _generation_closed(self) -> None:
+        self._num_open_generations -= 1
 
     def default(self, name: str, value: float | None, neutral: float) -> float:
         """A sampling parameter as asked for, else as the model's authors recommend, else without effect."""
@@ -152,8 +170,11 @@ class ServerState:
         return self.generation_defaults.get(name, neutral)
 
     def check_fan_out(self, num_prompts: int, params: SamplingParams) -> None:
-        """Refuse, before anything is allocated, more samples than could ever wait at once."""
-        limit = self.require_engine().max_num_waiting
+        """Refuse, before anything is allocated, more samples than could ever run and wait at once."""
+        engine = self.require_engine()
+        if params.n > engine.max_num_seqs:
+            params.check_against(vocab_size=engine.vocab_size, max_num_seqs=engine.max_num_seqs)
+        limit = engine.max_num_seqs + engine.max_num_waiting
         if num_prompts * params.n > limit:
             raise invalid(f"{num_prompts} prompts of {params.n} samples exceed the limit of {limit} samples", "prompt")
 

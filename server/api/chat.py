@@ -11,13 +11,13 @@ from ..state import ServerState
 from .chunks import ChatChunks
 from .generate import Choice, begin, ignored_header, respond_complete, respond_stream
 from .logprobs import LogprobsFormatter
-from .protocol import ChatCompletionRequest
+from .protocol import ChatCompletionRequest, ignored_by_template
 from .results import ERRORS, AssistantMessage, ChatChoice, ChatCompletion
-from .routing import JsonRoute
+from .routing import GenerationRoute
 
 
 def chat_router(server: ServerState) -> APIRouter:
-    router = APIRouter(route_class=JsonRoute, tags=["generation"])
+    router = APIRouter(route_class=GenerationRoute, tags=["generation"])
 
     @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS)
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
@@ -33,7 +33,7 @@ def chat_router(server: ServerState) -> APIRouter:
 async def chat_prompt(server: ServerState, body: ChatCompletionRequest) -> list[int]:
     """The token ids of a conversation, under the model's chat template."""
     text = await server.render_chat(
-        [message.for_template() for message in body.messages],
+        body.messages,
         add_generation_prompt=body.add_generation_prompt is not False,
         template_kwargs=body.template_kwargs(),
     )
@@ -48,23 +48,23 @@ async def _create(server: ServerState, body: ChatCompletionRequest, request: Req
     server.require_engine()
     prompt = await chat_prompt(server, body)
     formatter = None if params.logprobs is None else LogprobsFormatter(server.tokenizer, params.logprobs)
-    generation = begin(server, request, body, "chatcmpl", [prompt], [params])
-
-    def complete(choices: list[Choice]) -> ChatCompletion:
-        return ChatCompletion(
-            id=generation.response_id,
-            created=generation.created,
-            model=server.model_name,
-            choices=[_choice(index, choice, body, formatter) for index, choice in enumerate(choices)],
-            usage=generation.usage(),
-            prompt_token_ids=prompt if body.return_token_ids else None,
-        )
-
     headers = _headers(server, body)
-    if body.stream:
-        chunks = ChatChunks(generation, body, server.model_name, formatter, [prompt])
-        return await respond_stream(request, generation, chunks.events, headers)
-    return await respond_complete(request, generation, complete, headers)
+    with begin(server, request, body, "chatcmpl", [prompt], [params]) as generation:
+
+        def complete(choices: list[Choice]) -> ChatCompletion:
+            return ChatCompletion(
+                id=generation.response_id,
+                created=generation.created,
+                model=server.model_name,
+                choices=[_choice(index, choice, body, formatter) for index, choice in enumerate(choices)],
+                usage=generation.usage(),
+                prompt_token_ids=prompt if body.return_token_ids else None,
+            )
+
+        if body.stream:
+            chunks = ChatChunks(generation, body, server.model_name, formatter, [prompt])
+            return await respond_stream(request, generation, chunks.events, headers)
+        return await respond_complete(request, generation, complete, headers)
 
 
 def _choice(index: int, choice: Choice, body: ChatCompletionRequest, formatter: LogprobsFormatter | None) -> ChatChoice:
@@ -80,6 +80,7 @@ def _choice(index: int, choice: Choice, body: ChatCompletionRequest, formatter: 
 
 def _headers(server: ServerState, body: ChatCompletionRequest) -> dict[str, str]:
     ignored = body.ignored_params()
-    if body.template_kwargs():
-        ignored += body.ignored_by_template(server.tokenizer.chat_template or "")
+    ignored += ignored_by_template(body.chat_template_kwargs, server.tokenizer.chat_template)
+    if body.reasoning_effort is not None:
+        ignored += ignored_by_template({"reasoning_effort": body.reasoning_effort}, server.tokenizer.chat_template, "")
     return ignored_header(ignored)

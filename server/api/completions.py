@@ -16,11 +16,11 @@ from .generate import Choice, begin, ignored_header, respond_complete, respond_s
 from .logprobs import LogprobsFormatter
 from .protocol import CompletionRequest
 from .results import ERRORS, Completion, CompletionChoice
-from .routing import JsonRoute
+from .routing import GenerationRoute
 
 
 def completions_router(server: ServerState) -> APIRouter:
-    router = APIRouter(route_class=JsonRoute, tags=["generation"])
+    router = APIRouter(route_class=GenerationRoute, tags=["generation"])
 
     @router.post("/v1/completions", response_model=Completion, responses=ERRORS)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
@@ -47,33 +47,33 @@ async def _create(server: ServerState, body: CompletionRequest, request: Request
             echoes += [await _echo(server, prompt, ids)] * params.n
     formatter = None if params.logprobs is None else LogprobsFormatter(server.tokenizer, params.logprobs)
     all_params = [body.sampling_params(server, room=max_model_len - len(ids)) for ids in prompts]
-    generation = begin(server, request, body, "cmpl", prompts, all_params)
-
-    def complete(choices: list[Choice]) -> Completion:
-        return Completion(
-            id=generation.response_id,
-            created=generation.created,
-            model=server.model_name,
-            choices=[
-                CompletionChoice(
-                    index=index,
-                    text=(echoes[index] if echoes else "") + choice.text,
-                    logprobs=formatter.completion(choice.logprobs, 0) if formatter else None,
-                    finish_reason=choice.finish_reason,
-                    stop_reason=choice.stop_reason,
-                    token_ids=choice.token_ids if body.return_token_ids else None,
-                    prompt_token_ids=prompts[index // params.n] if body.return_token_ids else None,
-                )
-                for index, choice in enumerate(choices)
-            ],
-            usage=generation.usage(),
-        )
-
     headers = ignored_header(body.ignored_params())
-    if body.stream:
-        chunks = CompletionChunks(generation, body, server.model_name, formatter, prompts, echoes)
-        return await respond_stream(request, generation, chunks.events, headers)
-    return await respond_complete(request, generation, complete, headers)
+    with begin(server, request, body, "cmpl", prompts, all_params) as generation:
+
+        def complete(choices: list[Choice]) -> Completion:
+            return Completion(
+                id=generation.response_id,
+                created=generation.created,
+                model=server.model_name,
+                choices=[
+                    CompletionChoice(
+                        index=index,
+                        text=(echoes[index] if echoes else "") + choice.text,
+                        logprobs=formatter.completion(choice.logprobs, 0) if formatter else None,
+                        finish_reason=choice.finish_reason,
+                        stop_reason=choice.stop_reason,
+                        token_ids=choice.token_ids if body.return_token_ids else None,
+                        prompt_token_ids=prompts[index // params.n] if body.return_token_ids else None,
+                    )
+                    for index, choice in enumerate(choices)
+                ],
+                usage=generation.usage(),
+            )
+
+        if body.stream:
+            chunks = CompletionChunks(generation, body, server.model_name, formatter, prompts, echoes)
+            return await respond_stream(request, generation, chunks.events, headers)
+        return await respond_complete(request, generation, complete, headers)
 
 
 async def _echo(server: ServerState, prompt: Prompt, ids: list[int]) -> str:

@@ -37,7 +37,11 @@ class WireModel(BaseModel):
     def _limit_fields(cls, value: Any) -> Any:
         """No object has so many fields, and each unknown one would cost an error record."""
         if isinstance(value, dict) and len(value) > MAX_FIELDS:
-            raise _fail(f"an object may have at most {MAX_FIELDS} fields")
+            # The field to blame is the first that we do not know; there is one, as no object has so many.
+            unknown = next((name for name in value if name not in cls.model_fields), "")
+            raise PydanticCustomError(
+                "too_many_fields", f"an object may have at most {MAX_FIELDS} fields", {"field": unknown}
+            )
         return value
 
 

@@ -7,6 +7,8 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -14,7 +16,7 @@ from fastapi.responses import Response
 from ...scheduler.batch import TokenLogprobs
 from ...scheduler.sampling_params import SamplingParams
 from ..engine.messages import GenerateRequest, RequestError
-from ..errors import shutting_down
+from ..errors import rejection_reason, shutting_down
 from ..outputs import GenerationFailed, GenerationStream, TextDelta
 from ..sse import EventStream, event, until_disconnect
 from ..state import ServerState
@@ -34,7 +36,10 @@ class Choice:
 
 
 class Generation:
-    """Several prompts' streams as one; a choice's index is prompt * n + sample. Whoever holds it must `close` it."""
+    """Several prompts' streams as one; a choice's index is prompt * n + sample.
+
+    A context that closes it, unless an `EventStream` has taken that over (`hand_over`).
+    """
 
     def __init__(self, response_id: str, streams: Sequence[GenerationStream], n: int) -> None:
         self.response_id = response_id
@@ -44,6 +49,20 @@ class Generation:
         self._n = n
         self._pumps: list[asyncio.Task[None]] = []
         self._merged: asyncio.Queue[list[TextDelta] | Exception] = asyncio.Queue()
+        self._handed_over = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None or not self._handed_over:
+            self.close(refused=rejection_reason(error) is not None)
+
+    def hand_over(self) -> None:
+        """Another will close it."""
+        self._handed_over = True
 
     @property
     def finished(self) -> bool:
@@ -110,12 +129,13 @@ class Generation:
             choice.text = "".join(parts)
         return choices
 
-    def close(self) -> None:
-        """Release every request. Idempotent."""
-        for pump in self._pumps:
-            pump.cancel()
-        for stream in self._streams:
-            stream.close()
+    def close(self, *, refused: bool = False) -> None:
+        """Release every request; `refused` as for a stream. Idempotent."""
+        with contextlib.ExitStack() as closing:  # every one, even if another cannot be closed
+            for pump in self._pumps:
+                pump.cancel()
+            for stream in self._streams:
+                closing.callback(stream.close, refused=refused)
 
 
 def begin(
@@ -143,7 +163,7 @@ def begin(
                     arrival_time=now,
                 )
             )
-            on_failure.callback(stream.close)
+            on_failure.callback(stream.close, refused=True)
             streams.append(stream)
         on_failure.pop_all()
     return Generation(response_id, streams, params[0].n)
@@ -180,14 +200,12 @@ async def respond_stream(
     events: Callable[[FirstOutput], AsyncGenerator[bytes, None]],
     headers: dict[str, str],
 ) -> Response:
-    """Wait for the first output, whose failure is still an HTTP status, then stream. Closes the generation."""
-    try:
-        first = await until_disconnect(request, FirstOutput.of(generation))
-    except BaseException:
-        generation.close()
-        raise
+    """Wait for the first output, whose failure is still an HTTP status, then stream. Takes the generation over."""
+    first = await until_disconnect(request, FirstOutput.of(generation))
     last_words = event(shutting_down().body())
-    return EventStream(events(first), on_close=generation.close, last_words=last_words, headers=headers)
+    response = EventStream(events(first), on_close=generation.close, last_words=last_words, headers=headers)
+    generation.hand_over()
+    return response
 
 
 async def respond_complete(
@@ -196,11 +214,8 @@ async def respond_complete(
     complete: Callable[[list[Choice]], Result],
     headers: dict[str, str],
 ) -> Response:
-    """Wait for everything, unless the client leaves. Closes the generation."""
-    try:
-        choices = await until_disconnect(request, generation.collect())
-    finally:
-        generation.close()
+    """Wait for everything, unless the client leaves."""
+    choices = await until_disconnect(request, generation.collect())
     return Response(complete(choices).model_dump_json(), media_type="application/json", headers=headers)
 
 

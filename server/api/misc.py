@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
@@ -14,7 +15,8 @@ from ..errors import RETRY_AFTER_DRAINING_S, invalid
 from ..metrics import CONTENT_TYPE
 from ..state import ServerState
 from .fields import Name, TokenIds, WireModel
-from .protocol import Messages
+from .generate import ignored_header
+from .protocol import Messages, check_template_kwargs, ignored_by_template
 from .results import ERRORS, DetokenizeResult, ModelCard, ModelList, TokenizeResult
 from .routing import JsonRoute
 
@@ -27,6 +29,7 @@ class TokenizeRequest(WireModel):
     messages: Messages | None = None
     add_special_tokens: bool | None = Field(None, description="Default: true for a prompt, false for messages.")
     add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
 
@@ -74,13 +77,15 @@ def token_router(server: ServerState) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["tokens"])
 
     @router.post("/tokenize", responses=ERRORS)
-    async def tokenize(body: TokenizeRequest) -> TokenizeResult:
+    async def tokenize(body: TokenizeRequest, response: Response) -> TokenizeResult:
         """The token ids of a text or a conversation."""
         server.check_model(body.model)
         ready = server.client.ready
         if ready is None:
             raise EngineUnavailable(f"the engine is {server.client.state.value}", retry_after_s=5)
         tokens = await _tokenize(server, body)
+        template = server.tokenizer.chat_template
+        response.headers.update(ignored_header(ignored_by_template(body.chat_template_kwargs, template)))
         token_text = server.tokenizer.token_text
         return TokenizeResult(
             count=len(tokens),
@@ -105,13 +110,15 @@ async def _tokenize(server: ServerState, body: TokenizeRequest) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise invalid("give either prompt or messages", "prompt")
     if body.messages is None:
-        if body.add_generation_prompt is not None:
-            raise invalid("add_generation_prompt is only allowed with messages", "add_generation_prompt")
+        for name in ("add_generation_prompt", "chat_template_kwargs"):
+            if getattr(body, name) is not None:
+                raise invalid(f"{name} is only allowed with messages", name)
         return await server.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+    check_template_kwargs(body.chat_template_kwargs)
     text = await server.render_chat(
-        [message.for_template() for message in body.messages],
+        body.messages,
         add_generation_prompt=body.add_generation_prompt is not False,
-        template_kwargs={},
+        template_kwargs=body.chat_template_kwargs or {},
     )
     return await server.encode(text, add_special_tokens=bool(body.add_special_tokens))
 
@@ -119,7 +126,6 @@ async def _tokenize(server: ServerState, body: TokenizeRequest) -> list[int]:
 def probe_router(server: ServerState) -> APIRouter:
     router = APIRouter(tags=["operation"])
 
-    @router.get("/live")
     async def live() -> dict[str, str]:
         """200 as long as this process answers at all."""
         return {"status": "ok"}
@@ -132,8 +138,10 @@ def probe_router(server: ServerState) -> APIRouter:
         retry_after_s = RETRY_AFTER_DRAINING_S if server.draining else 1
         return JSONResponse({"status": "unavailable", "reason": reason}, 503, {"Retry-After": str(retry_after_s)})
 
-    router.add_api_route("/ready", ready, methods=["GET"], response_model=None)
-    router.add_api_route("/health", ready, methods=["GET"], response_model=None, name="health")
+    for name, probe in (("live", live), ("ready", ready), ("health", ready)):
+        router.add_api_route(f"/{name}", probe, methods=["GET"], response_model=None, name=name)
+        # The same with the body left out, which uvicorn does.
+        router.add_api_route(f"/{name}", probe, methods=["HEAD"], response_model=None, include_in_schema=False)
 
     @router.get("/version")
     async def get_version() -> dict[str, str]:

@@ -6,6 +6,7 @@ Every field acts, or is refused by `reject_unsupported`, or is named in the `X-I
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
@@ -172,6 +173,12 @@ class ChatMessage(WireModel):
     function_call: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
+    @property
+    def num_chars(self) -> int:
+        """About how much text it is; a little for each part, as empty ones cost something too."""
+        total = 64 + len(self.content or "") + len(self.reasoning_content or "") + len(self.name or "")
+        return total + sum(64 + len(call.function.arguments) for call in self.tool_calls or ())
+
     @model_validator(mode="after")
     def _has_content(self) -> Self:
         if self.content is None and self.role != "assistant":
@@ -201,6 +208,25 @@ def _tool_call_for_template(call: ToolCall) -> dict[str, Any]:
         arguments = call.function.arguments
     function = {"name": call.function.name, "arguments": arguments}
     return {"id": call.id, "type": "function", "function": function}
+
+
+def check_template_kwargs(kwargs: Mapping[str, Any] | None) -> None:
+    """Raises ApiError for what no request may pass to a chat template."""
+    for name, value in (kwargs or {}).items():
+        if name not in TEMPLATE_KWARGS:
+            known = ", ".join(TEMPLATE_KWARGS)
+            raise invalid(f"chat_template_kwargs may hold only {known}", "chat_template_kwargs")
+        if type(value) is not TEMPLATE_KWARGS[name]:
+            kind = TEMPLATE_KWARGS[name].__name__
+            raise invalid(f"chat_template_kwargs.{name} must be of type {kind}", "chat_template_kwargs")
+
+
+def ignored_by_template(
+    kwargs: Mapping[str, Any] | None, source: str | None, prefix: str = "chat_template_kwargs."
+) -> list[str]:
+    """The arguments, as the caller wrote them, that a chat template never mentions."""
+    names = set(re.findall(r"\w+", source or "")) if kwargs else set()
+    return [prefix + name for name in kwargs or () if name not in names]
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -259,27 +285,13 @@ class ChatCompletionRequest(GenerationRequest):
                 raise invalid("max_tokens and max_completion_tokens differ", "max_completion_tokens")
             if self.max_completion_tokens < 1:
                 raise invalid("max_completion_tokens must be at least 1", "max_completion_tokens")
-        for name, value in (self.chat_template_kwargs or {}).items():
-            if name not in TEMPLATE_KWARGS:
-                known = ", ".join(TEMPLATE_KWARGS)
-                raise invalid(f"chat_template_kwargs may hold only {known}", "chat_template_kwargs")
-            if type(value) is not TEMPLATE_KWARGS[name]:
-                kind = TEMPLATE_KWARGS[name].__name__
-                raise invalid(f"chat_template_kwargs.{name} must be of type {kind}", "chat_template_kwargs")
+        check_template_kwargs(self.chat_template_kwargs)
 
     def template_kwargs(self) -> dict[str, Any]:
         kwargs = dict(self.chat_template_kwargs or {})
         if self.reasoning_effort is not None:
             kwargs.setdefault("reasoning_effort", self.reasoning_effort)
         return kwargs
-
-    def ignored_by_template(self, source: str) -> list[str]:
-        """Template arguments that this model's template never mentions."""
-        names = set(re.findall(r"\w+", source))
-        ignored = [f"chat_template_kwargs.{name}" for name in self.chat_template_kwargs or () if name not in names]
-        if self.reasoning_effort is not None and "reasoning_effort" not in names:
-            ignored.append("reasoning_effort")
-        return ignored
 
     def sampling_params(self, server: ServerState) -> SamplingParams:
         max_tokens = self.max_completion_tokens if self.max_tokens is None else self.max_tokens

@@ -60,7 +60,7 @@ class EngineCore:
         except QueueFull as error:
             self._refuse(message.request_id, RequestError(code="queue_full", message=str(error)))
         except ValueError as error:
-            self._refuse(message.request_id, RequestError(code="invalid_request", message=str(error)))
+            self._refuse(message.request_id, RequestError(code="invalid_request", message=str(error), param="prompt"))
 
     def abort(self, request_id: str, sample_index: int | None = None) -> None:
         self.scheduler.abort(request_id, sample_index)

@@ -59,6 +59,8 @@ class RequestError(msgspec.Struct, frozen=True, kw_only=True):
 
     code: Literal["invalid_request", "queue_full", "internal_error", "engine_dead"]
     message: str
+    param: str | None = None
+    """The field to blame, where one is known."""
 
 
 class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

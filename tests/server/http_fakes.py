@@ -104,7 +104,7 @@ def says(
                         finish_reason=("stop" if stopped else "length") if last else None,
                         stop_token_id=EOS if last and stopped else None,
                         num_cached_tokens=cached,
-                        timings=TIMINGS if last else None,
+                        timings=TIMINGS if last else FIRST_TIMINGS if start == 0 else None,
                     )
                     for sample in range(request.params.n)
                 ]
@@ -114,6 +114,7 @@ def says(
     return script
 
 
+FIRST_TIMINGS = RequestTimings(arrival=1.0, scheduled=2.0, first_token=4.0, last_token=4.0)
 TIMINGS = RequestTimings(arrival=1.0, scheduled=2.0, first_token=4.0, last_token=8.0)
 
 

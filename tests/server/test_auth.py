@@ -14,6 +14,7 @@ pytestmark = pytest.mark.anyio
 KEYS = ("key-one", "key-two")
 GOOD = {"Authorization": "Bearer key-two"}
 OPEN = {"/health", "/live", "/ready", "/metrics", "/version"}
+OPEN_TO_READ = {"/docs", "/openapi.json"}
 BAD = [
     {},
     {"Authorization": "Bearer"},
@@ -46,12 +47,21 @@ def all_paths(app: FastAPI) -> set[str]:
 
 async def test_every_route_is_closed_but_the_listed_ones(locked: FastAPI, door: httpx.AsyncClient) -> None:
     paths = all_paths(locked)
-    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/docs", "/openapi.json", *OPEN} <= paths
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", *OPEN, *OPEN_TO_READ} <= paths
     for path in paths | {"/nope"}:
         for method in ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE"):
             response = await door.request(method, path.replace("{id:path}", "fake").replace("{id}", "fake"))
-            is_open = path in OPEN and method in ("GET", "HEAD")
+            is_open = (path in OPEN and method in ("GET", "HEAD")) or (path in OPEN_TO_READ and method == "GET")
             assert (response.status_code != 401) == is_open, (method, path)
+
+
+async def test_a_browser_can_read_the_documentation(door: httpx.AsyncClient) -> None:
+    for path in OPEN_TO_READ:
+        response = await door.get(path)
+        assert response.status_code == 200
+        assert not any(key in response.text for key in KEYS)
+    for path in ("/docs/", "/docs/oauth2-redirect", "/openapi.json/", "//docs", "/Docs", "/redoc"):
+        error_of(await door.get(path), 401)
 
 
 @pytest.mark.parametrize("headers", BAD)

@@ -133,7 +133,7 @@ async def test_fields(
         ("messages.0.foo", {"messages": [{"role": "user", "content": "x", "foo": 1}]}),
         ("messages.0", {"messages": [{"role": "user"}]}),
         ("messages", {"messages": [{"role": "user", "content": "x"}] * 20_000}),
-        ("messages.0", {"messages": [{"role": "user", "content": "x"} | {f"k{i}": 1 for i in range(100_000)}]}),
+        ("messages.0.k0", {"messages": [{"role": "user", "content": "x"} | {f"k{i}": 1 for i in range(100_000)}]}),
         ("messages.0.content", {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 5000}]}),
         ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
         ("tool_choice", {"tool_choice": "required"}),
@@ -146,6 +146,7 @@ async def test_fields(
         ("continue_final_message", {"continue_final_message": True}),
         ("top_logprobs", {"top_logprobs": 2}),
         ("top_logprobs", {"logprobs": True, "top_logprobs": 21}),
+        ("top_logprobs", {"logprobs": True, "top_logprobs": -1}),
         ("logprobs", {"logprobs": 2}),
         ("max_completion_tokens", {"max_tokens": 3, "max_completion_tokens": 4}),
     ],
@@ -167,7 +168,10 @@ async def test_chat_fields(http: httpx.AsyncClient, param: str, fields: dict[str
         ("prompt", {"prompt": {"a": 1}}),
         ("prompt", {"prompt": None}),
         ("prompt", {"prompt": ""} | {"add_special_tokens": False}),
-        ("prompt", {"prompt": ["a"] * 33}),
+        ("prompt", {"prompt": ["a"] * 41}),
+        ("prompt", {"prompt": ["a"] * 6, "n": 7}),
+        ("n", {"prompt": ["a"] * 6, "n": 9}),
+        ("n", {"n": 41}),
         ("suffix", {"suffix": "x"}),
         ("logprobs", {"logprobs": 21}),
         ("logprobs", {"logprobs": True}),
@@ -202,10 +206,54 @@ async def test_errors_are_few_and_never_echo(http: httpx.AsyncClient) -> None:
     assert "and 100 more" in message
 
 
-async def test_nul_and_duplicate_keys_are_tolerated(http: httpx.AsyncClient, engine: FakeEngineClient) -> None:
-    body = b'{"prompt": "x", "prompt": "a\\u0000b"}'
+async def test_nul_is_tolerated(http: httpx.AsyncClient, engine: FakeEngineClient) -> None:
+    body = b'{"prompt": "a\\u0000b"}'
     assert (await http.post(TEXT, content=body, headers=JSON)).status_code == 200
     assert engine.requests[0].prompt_token_ids == [256, 97, 0, 98]
+
+
+@pytest.mark.parametrize(
+    ("url", "param", "body"),
+    [
+        (TEXT, "prompt", b'{"prompt": "CANARY", "prompt": "CANARY"}'),
+        (TEXT, "prompt", b'{"prompt": "CANARY", "n": 1, "\\u0070rompt": "CANARY"}'),
+        (TEXT, "1", b'{"prompt": "a", "logit_bias": {"1": 1, "1": 100}}'),
+        (CHAT, "role", b'{"messages": [{"role": "user", "content": "CANARY", "role": "system"}]}'),
+        ("/tokenize", "prompt", b'{"prompt": "CANARY", "prompt": "CANARY"}'),
+    ],
+)
+async def test_duplicate_keys_are_named(http: httpx.AsyncClient, url: str, param: str, body: bytes) -> None:
+    response = await http.post(url, content=body, headers=JSON)
+    error = error_of(response, 400)
+    assert (error["param"], error["code"]) == (param, "invalid_json")
+    assert f"the key {param} " in error["message"]
+    assert "CANARY" not in response.text
+
+
+async def test_long_bodies_are_not_searched_for_duplicate_keys(
+    http: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    for size, status in ((65_535, 400), (65_536, 200)):
+        body = b'{"prompt": "x", "prompt": "a"}'.ljust(size)
+        assert (await http.post(TEXT, content=body, headers=JSON)).status_code == status
+    assert engine.requests[0].prompt_token_ids == [256, 97]
+
+
+async def test_an_object_of_too_many_fields_names_an_unknown_one(http: httpx.AsyncClient) -> None:
+    error = error_of(await http.post(TEXT, json={"prompt": "a"} | {f"f{i}": i for i in range(1000)}), 400)
+    assert error["param"] == "f0"
+    assert "256 fields" in error["message"]
+
+
+async def test_messages_use_the_caller_s_names(http: httpx.AsyncClient) -> None:
+    error = error_of(await http.post(CHAT, json=chat(logprobs=True, top_logprobs=21)), 400)
+    assert error["message"] == "top_logprobs must be between 0 and 20"
+    error = error_of(await http.post(CHAT, json=chat(max_completion_tokens=4, min_tokens=5)), 400)
+    assert error["message"] == "min_tokens (5) must not exceed max_completion_tokens (4)"
+    error = error_of(await http.post(CHAT, json=chat(max_tokens=4, min_tokens=5)), 400)
+    assert error["message"] == "min_tokens (5) must not exceed max_tokens (4)"
+    error = error_of(await http.post(TEXT, json={"prompt": "a", "logprobs": 21}), 400)
+    assert error["message"] == "logprobs must be between 0 and 20"
 
 
 @pytest.mark.parametrize(

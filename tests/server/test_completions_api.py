@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import httpx
+import msgspec
 import pytest
-from http_fakes import FakeEngineClient, error_of, events, says, streamed_texts
+from http_fakes import READY, FakeEngineClient, error_of, events, fails, make_app, says, serving, streamed_texts
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/completions"
@@ -85,15 +86,36 @@ async def test_the_default_of_sixteen_gives_way(http: httpx.AsyncClient, engine:
 
 
 async def test_fan_out_is_bounded(http: httpx.AsyncClient, engine: FakeEngineClient) -> None:
-    for fields in ({"n": 9}, {"n": 2**40}, {"prompt": ["a"] * 17, "n": 2}, {"prompt": ["a"] * 100_000}):
+    """As many samples as may run and wait at once: 8 and 32."""
+    for fields in ({"n": 9}, {"n": 2**40}, {"prompt": ["a"] * 21, "n": 2}, {"prompt": ["a"] * 100_000}):
         error_of(await http.post(URL, json={"prompt": "a"} | fields), 400)
     assert not engine.requests
+    assert (await http.post(URL, json={"prompt": ["a"] * 20, "n": 2})).status_code == 200
+
+
+async def test_without_a_queue_what_can_run_is_served(engine: FakeEngineClient) -> None:
+    async with serving(make_app(engine)) as http:
+        engine.handle(msgspec.structs.replace(READY, max_num_waiting=0))
+        assert (await http.post(URL, json={"prompt": "a"})).status_code == 200
+        assert (await http.post(URL, json={"prompt": ["a"] * 4, "n": 2})).status_code == 200
+        assert error_of(await http.post(URL, json={"prompt": ["a"] * 9}), 400)["param"] == "prompt"
+        assert error_of(await http.post(URL, json={"prompt": "a", "n": 9}), 400)["param"] == "n"
 
 
 async def test_one_bad_prompt_refuses_all(http: httpx.AsyncClient, engine: FakeEngineClient) -> None:
     error = error_of(await http.post(URL, json={"prompt": [[1], [259]]}), 400)
     assert error["param"] == "prompt"
     assert [abort.request_id for abort in engine.aborts] == [request.request_id for request in engine.requests]
+    assert not engine.num_open_requests
+
+
+async def test_one_prompt_without_room_refuses_all(http: httpx.AsyncClient, engine: FakeEngineClient) -> None:
+    def script(request):  # type: ignore[no-untyped-def]
+        return fails("queue_full")(request) if request.request_id.endswith("-2") else []
+
+    engine.script = script
+    error_of(await http.post(URL, json={"prompt": ["a", "b", "c"]}), 429)
+    assert {abort.request_id[-2:] for abort in engine.aborts} == {"-0", "-1"}
     assert not engine.num_open_requests
 
 

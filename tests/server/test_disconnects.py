@@ -104,7 +104,7 @@ def test_resets_at_random_places_leave_nothing(live: LiveServer, engine: FakeEng
             if not body.get("stream"):
                 break
         reset(connection)
-    wait_until(lambda: not engine.num_open_requests)
+    wait_until(lambda: not engine.num_open_requests and not live.app.state.server.num_open_generations)
     engine.script = says("ok")
     connection = connect(live, "/v1/chat/completions", chat())
     assert b'"ok"' in read_until(connection, b"usage")
@@ -122,13 +122,13 @@ def test_a_finished_request_is_not_aborted(live: LiveServer, engine: FakeEngineC
 def test_a_client_that_stops_reading_holds_nobody_up(live: LiveServer, engine: FakeEngineClient) -> None:
     engine.script = says("x" * 20_000, finish=False, with_eos=False)
     sleeper = connect(live, "/v1/chat/completions", chat(stream=True))
-    wait_until(lambda: len(engine.requests) == 1)
+    wait_until(lambda: live.app.state.server.num_open_generations == 1)
     engine.script = says("ok")
     other = connect(live, "/v1/chat/completions", chat())
     assert b'"ok"' in read_until(other, b"usage")
     other.close()
     sleeper.close()
-    wait_until(lambda: not engine.num_open_requests)
+    wait_until(lambda: not engine.num_open_requests and not live.app.state.server.num_open_generations)
 
 
 def test_one_keep_alive_connection_serves_many(live: LiveServer, engine: FakeEngineClient) -> None:

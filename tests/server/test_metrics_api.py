@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
-from http_fakes import FakeEngineClient, chat, fails, make_app, metric, says, serving
+from http_fakes import FIRST_TIMINGS, FakeEngineClient, chat, events, fails, make_app, metric, says, serving
 from octavo.server.engine.messages import StepStats
-from octavo.server.metrics import _Histogram, one_two_five
+from octavo.server.metrics import REJECTION_REASONS, Metrics, _Histogram, one_two_five
 from prometheus_client.parser import text_string_to_metric_families
 
 pytestmark = pytest.mark.anyio
-CHAT = "/v1/chat/completions"
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
 async def scrape(http: httpx.AsyncClient) -> str:
@@ -99,6 +101,99 @@ async def test_errors_aborts_and_rejections(http: httpx.AsyncClient, engine: Fak
     assert metric(text, "octavo:request_success_total", finished_reason="abort") == 0
 
 
+def rejections(text: str) -> dict[str, float]:
+    """Reason → count, of those that happened."""
+    counts = {reason: metric(text, "octavo:admission_rejections_total", reason=reason) for reason in REJECTION_REASONS}
+    return {reason: count for reason, count in counts.items() if count}
+
+
+@pytest.mark.parametrize(
+    ("reason", "url", "body"),
+    [
+        ("invalid_request", CHAT, chat(temperature="hot")),  # pydantic
+        ("invalid_request", CHAT, chat(temperature=-1)),  # SamplingParams
+        ("invalid_request", CHAT, chat(echo=True)),
+        ("invalid_request", CHAT, []),
+        ("invalid_request", TEXT, {"prompt": ["a"] * 1000}),
+        ("invalid_request", TEXT, {"prompt": [[1], [259]]}),
+        ("invalid_request", TEXT, {"prompt": [[1], [2], [259]], "stream": True}),
+        ("context_length_exceeded", CHAT, chat(max_tokens=10_000)),
+        ("context_length_exceeded", TEXT, {"prompt": [[1], [2] * 600], "max_tokens": 1}),
+        ("model_not_found", CHAT, chat(model="gpt")),
+    ],
+)
+async def test_what_is_turned_down_is_counted_once(
+    http: httpx.AsyncClient, reason: str, url: str, body: object
+) -> None:
+    assert (await http.post(url, json=body)).status_code in (400, 404)
+    text = await scrape(http)
+    assert rejections(text) == {reason: 1}
+    for ended in ("abort", "error", "stop"):
+        assert metric(text, "octavo:request_success_total", finished_reason=ended) == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("refused", [{"-2"}, {"-0", "-1", "-2"}])
+async def test_a_full_queue_is_counted_once_for_all_prompts(
+    http: httpx.AsyncClient, engine: FakeEngineClient, refused: set[str], stream: bool
+) -> None:
+    engine.script = lambda request: fails("queue_full")(request) if request.request_id[-2:] in refused else []
+    body = {"prompt": ["a", "b", "c"], "n": 2, "stream": stream}
+    assert (await http.post(TEXT, json=body)).status_code == 429
+    text = await scrape(http)
+    assert rejections(text) == {"queue_full": 1}
+    for ended in ("abort", "error", "stop"):
+        assert metric(text, "octavo:request_success_total", finished_reason=ended) == 0
+
+
+async def test_a_full_queue_after_the_first_output_is_an_error(
+    http: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    engine.script = fails("queue_full", after="Hel")
+    assert "error" in events((await http.post(TEXT, json={"prompt": "a", "stream": True})).text)[-1]
+    text = await scrape(http)
+    assert rejections(text) == {}
+    assert metric(text, "octavo:request_success_total", finished_reason="error") == 1
+
+
+async def test_unavailability_is_counted_for_generation_only(engine: FakeEngineClient) -> None:
+    app = make_app(engine)
+    async with serving(app) as http:
+        engine.die("x")
+        for url, body in ((CHAT, chat()), (TEXT, {"prompt": "a"}), ("/tokenize", {"prompt": "a", "model": "x"})):
+            assert (await http.post(url, json=body)).status_code >= 400
+        app.state.server.draining = True
+        assert (await http.post(CHAT, json=chat())).status_code == 503
+        assert rejections(await scrape(http)) == {"unavailable": 3}
+
+
+async def test_a_lost_engine_is_no_rejection(http: httpx.AsyncClient, engine: FakeEngineClient) -> None:
+    engine.script = fails("engine_dead")
+    assert (await http.post(CHAT, json=chat())).status_code == 503
+    text = await scrape(http)
+    assert rejections(text) == {}
+    assert metric(text, "octavo:request_success_total", finished_reason="error") == 1
+
+
+@pytest.mark.parametrize("per_step", [1, 3, 100])
+async def test_a_stop_string_leaves_no_histogram_out(
+    http: httpx.AsyncClient, engine: FakeEngineClient, per_step: int
+) -> None:
+    engine.script = says("a STOP b", per_step=per_step)
+    before = time.monotonic()
+    await http.post(CHAT, json=chat(stop="STOP", n=2))
+    text = await scrape(http)
+    for name in ("queue", "prefill", "decode", "inference"):
+        assert metric(text, f"octavo:request_{name}_time_seconds_count") == 2, name
+    assert metric(text, "octavo:request_num_preemptions_count") == 2
+    assert metric(text, "octavo:request_time_per_output_token_seconds_count") == 2
+    assert metric(text, "octavo:request_queue_time_seconds_sum") == 2 * 1
+    assert metric(text, "octavo:request_prefill_time_seconds_sum") == 2 * 2
+    if per_step < 100:  # else the engine had ended them, and said when
+        least = 2 * (before - FIRST_TIMINGS.first_token)
+        assert least <= metric(text, "octavo:request_decode_time_seconds_sum") <= least + 60
+
+
 async def test_dead_engine_and_restarts(http: httpx.AsyncClient, engine: FakeEngineClient) -> None:
     engine.stats_listeners[0](StepStats(num_running=3, num_waiting=4, num_blocks=10, num_free_blocks=5))
     text = await scrape(http)
@@ -118,13 +213,52 @@ async def test_retry_after_follows_the_drain_rate(
     metrics = engine.stats_listeners[0].__self__  # type: ignore[attr-defined]
     engine.script = fails("queue_full")
     assert (await http.post(CHAT, json=chat())).headers["retry-after"] == "1"
-    now = time.monotonic()
-    metrics.recent_ends.extend(now - 10 + second for second in range(10))  # one a second
-    for num_waiting, least in ((0, 1), (20, 20), (1000, 60)):
-        engine.stats_listeners[0](StepStats(num_waiting=num_waiting))
-        assert least <= metrics.drain_seconds() <= 60
     monkeypatch.setattr(metrics, "drain_seconds", lambda: 17)
     assert (await http.post(CHAT, json=chat())).headers["retry-after"] == "17"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The time that the metrics see, in `now`."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr("octavo.server.metrics.time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def under_load(metrics: Metrics, clock: Any, seconds: int, *, num_waiting: int, ends_per_second: int) -> None:
+    for _ in range(seconds):
+        metrics.on_step(StepStats(num_running=8, num_waiting=num_waiting, num_blocks=1))
+        clock.now += 1
+        for _ in range(ends_per_second):
+            metrics.on_end(clock.now)
+
+
+async def test_idle_time_does_not_lengthen_retry_after(
+    http: httpx.AsyncClient, engine: FakeEngineClient, clock: SimpleNamespace
+) -> None:
+    metrics = engine.stats_listeners[0].__self__  # type: ignore[attr-defined]
+    assert metrics.drain_seconds() == 1
+    under_load(metrics, clock, 10, num_waiting=0, ends_per_second=1)
+    metrics.on_step(StepStats(num_blocks=1))
+    clock.now += 10_000  # nobody comes
+    under_load(metrics, clock, 10, num_waiting=19, ends_per_second=1)
+    assert metrics.drain_seconds() == 20
+    under_load(metrics, clock, 1, num_waiting=1000, ends_per_second=1)
+    assert metrics.drain_seconds() == 60
+
+
+async def test_retry_after_counts_from_the_first_that_waited(
+    http: httpx.AsyncClient, engine: FakeEngineClient, clock: SimpleNamespace
+) -> None:
+    metrics = engine.stats_listeners[0].__self__  # type: ignore[attr-defined]
+    under_load(metrics, clock, 100, num_waiting=0, ends_per_second=1)  # all that there was to do
+    under_load(metrics, clock, 4, num_waiting=99, ends_per_second=10)
+    assert metrics.drain_seconds() == 10
+    metrics.on_step(StepStats(num_running=8, num_blocks=1))
+    under_load(metrics, clock, 7, num_waiting=99, ends_per_second=0)
+    assert metrics.drain_seconds() == 7  # nothing has ended: as long again
+    under_load(metrics, clock, 1000, num_waiting=99, ends_per_second=5)
+    assert 19 <= metrics.drain_seconds() <= 21
 
 
 async def test_prefix(engine: FakeEngineClient) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -15,8 +17,10 @@ from http_fakes import (
     events,
     fails,
     make_app,
+    says,
     serving,
     streamed_texts,
+    wait_until,
 )
 from octavo.server.api.chunks import ChatChunks
 from octavo.server.engine.client import EngineState
@@ -51,6 +55,49 @@ async def test_tokenize_and_detokenize(http: httpx.AsyncClient) -> None:
     body = (await http.post("/detokenize", json={"tokens": [256, 104, 105]})).json()
     assert body == {"prompt": "<s>hi"}
     assert (await http.post("/detokenize", json={"tokens": []})).json() == {"prompt": ""}
+
+
+async def test_tokenize_counts_as_chat_does(http: httpx.AsyncClient, engine: FakeEngineClient) -> None:
+    for kwargs in ({}, {"enable_thinking": True}, {"enable_thinking": False, "reasoning_effort": "low"}):
+        fields = chat(chat_template_kwargs=kwargs)
+        counted, generated = [await http.post(url, json=fields) for url in ("/tokenize", CHAT)]
+        assert counted.json()["tokens"] == engine.requests[-1].prompt_token_ids
+        assert counted.headers.get("x-ignored-params") == generated.headers.get("x-ignored-params")
+    for fields in (chat(chat_template_kwargs={"messages": []}), chat(chat_template_kwargs={"thinking": "yes"}),
+                   {"prompt": "a", "chat_template_kwargs": {"thinking": True}}):  # fmt: skip
+        assert error_of(await http.post("/tokenize", json=fields), 400)["param"] == "chat_template_kwargs"
+
+
+def tool_call(arguments: str) -> dict[str, object]:
+    return {"function": {"name": "f", "arguments": arguments}}
+
+
+@pytest.mark.parametrize(
+    ("message", "in_thread"),
+    [
+        ({"role": "user", "content": "x"}, False),
+        ({"role": "user", "content": "x" * 20_000}, True),
+        ({"role": "user", "content": "x", "name": "x" * 20_000}, True),
+        ({"role": "assistant", "reasoning_content": "x" * 20_000}, True),
+        ({"role": "assistant", "tool_calls": [tool_call("[" + "1," * 9000 + "1]")]}, True),
+        ({"role": "assistant", "tool_calls": [tool_call("")] * 300}, True),
+    ],
+)
+async def test_long_conversations_are_rendered_off_the_loop(
+    engine: FakeEngineClient, message: dict[str, object], in_thread: bool
+) -> None:
+    app = make_app(engine)
+    template = app.state.server.chat_template
+    threads: list[threading.Thread] = []
+
+    def render(messages, **kwargs):  # type: ignore[no-untyped-def]
+        threads.append(threading.current_thread())
+        return template.render(messages, **kwargs)
+
+    app.state.server.chat_template = SimpleNamespace(render=render)
+    async with serving(app) as http:
+        assert (await http.post("/tokenize", json={"messages": [message]})).status_code == 200
+    assert (threads[0] is not threading.current_thread()) == in_thread
 
 
 async def test_tokenize_refusals(http: httpx.AsyncClient) -> None:
@@ -216,6 +263,66 @@ async def test_request_ids_are_ours(http: httpx.AsyncClient) -> None:
     assert all(value.startswith("req_") for value in ids)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("code", [None, "queue_full", "engine_dead", "invalid_request"])
+@pytest.mark.parametrize("fields", [{"prompt": "a"}, {"prompt": ["a", "b"]}, {"prompt": [[1], [259]]}])
+async def test_every_generation_is_closed(
+    engine: FakeEngineClient, fields: dict[str, object], code: str | None, stream: bool
+) -> None:
+    open_at_submit: list[int] = []
+
+    def script(request):  # type: ignore[no-untyped-def]
+        open_at_submit.append(app.state.server.num_open_generations)
+        return says("ok")(request) if code is None else fails(code)(request)
+
+    app, engine.script = make_app(engine), script
+    async with serving(app) as http:
+        await http.post("/v1/completions", json=fields | {"stream": stream})
+    assert open_at_submit == list(range(len(engine.requests)))
+    assert app.state.server.num_open_generations == 0
+
+
+@pytest.mark.parametrize("broken", ["Generation.usage", "FirstOutput.of", "EventStream.__init__"])
+async def test_a_generation_is_closed_whatever_fails(
+    engine: FakeEngineClient, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(f"octavo.server.api.generate.{broken}", fail)
+    app = make_app(engine)
+    async with serving(app) as http:
+        for stream in (False, True):
+            await http.post(CHAT, json=chat(stream=stream, stream_options={"include_usage": True} if stream else None))
+    assert app.state.server.num_open_generations == 0
+    assert not engine.num_open_requests
+
+
+async def test_a_stream_is_open_until_its_last_event_is_sent(engine: FakeEngineClient) -> None:
+    app = make_app(engine)
+    server = app.state.server
+    async with serving(app):
+        stream = server.submit(server_request(engine))
+        while not stream.finished:
+            await stream.next()
+        assert (engine.num_open_requests, server.num_open_generations) == (0, 1)
+        for _ in range(2):
+            stream.close()
+            assert server.num_open_generations == 0
+
+
 def test_probes_over_the_wire(live: LiveServer) -> None:
     assert httpx.get(f"{live.url}/live").json() == {"status": "ok"}
     assert httpx.get(f"{live.url}/health").status_code == 200
+
+
+def test_head_of_a_probe_is_get_without_a_body(live: LiveServer, engine: FakeEngineClient) -> None:
+    for state in ("ready", "dead"):
+        for path in ("/health", "/live", "/ready"):
+            full, head = (httpx.request(method, live.url + path) for method in ("GET", "HEAD"))
+            assert head.status_code == full.status_code == (503 if state == "dead" and path != "/live" else 200)
+            assert head.content == b""
+            for name in ("content-length", "content-type", "retry-after"):
+                assert head.headers.get(name) == full.headers.get(name)
+        engine.from_thread(lambda: engine.die("x"))
+        wait_until(lambda: engine.state is EngineState.DEAD)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
+import msgspec
 import pytest
-from http_fakes import EOS, TOKENIZER, fake_logprobs
+from http_fakes import EOS, FIRST_TIMINGS, TIMINGS, TOKENIZER, fake_logprobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from octavo.scheduler.sampling_params import SamplingParams
-from octavo.server.engine.messages import GenerateRequest, RequestError, TokenOutput
+from octavo.server.engine.messages import GenerateRequest, RequestError, RequestTimings, TokenOutput
 from octavo.server.outputs import StopMatcher, TextAssembler, TextDelta
 
 
@@ -17,7 +20,15 @@ def assembler(**params: object) -> tuple[TextAssembler, list[int]]:
     return TextAssembler(request, TOKENIZER, aborted.append), aborted
 
 
-def output(text: bytes | str = b"", *, finish: str | None = None, eos: bool = False, sample: int = 0) -> TokenOutput:
+def output(
+    text: bytes | str = b"",
+    *,
+    finish: str | None = None,
+    eos: bool = False,
+    sample: int = 0,
+    cached: int = 0,
+    timings: RequestTimings | None = None,
+) -> TokenOutput:
     ids = list(text.encode() if isinstance(text, str) else text) + ([EOS] if eos else [])
     return TokenOutput(
         request_id="r",
@@ -26,6 +37,8 @@ def output(text: bytes | str = b"", *, finish: str | None = None, eos: bool = Fa
         logprobs=[fake_logprobs(token_id, 1) for token_id in ids],
         finish_reason=finish,  # type: ignore[arg-type]
         stop_token_id=EOS if eos else None,
+        num_cached_tokens=cached,
+        timings=timings,
     )
 
 
@@ -86,6 +99,36 @@ def test_no_abort_for_a_sample_that_the_engine_ended() -> None:
     (delta,) = text.process([output("ab", finish="length")])
     assert (delta.finish_reason, delta.stop_reason) == ("stop", "b")
     assert aborted == []
+
+
+@pytest.mark.parametrize("pieces", [["a", "b"], ["ab"], ["a", "x", "b"]])
+def test_a_stop_string_ends_the_timings_too(pieces: list[str]) -> None:
+    text, _ = assembler(stop=("b",), n=2)
+    before = time.monotonic()
+    for number, piece in enumerate(pieces):
+        (delta,) = text.process([output(piece, sample=1, timings=FIRST_TIMINGS if number == 0 else None)])
+    assert delta.timings is not None
+    assert before <= delta.timings.last_token <= time.monotonic()
+    assert msgspec.structs.replace(delta.timings, last_token=4.0) == FIRST_TIMINGS
+    later = msgspec.structs.replace(FIRST_TIMINGS, first_token=before + 1e6)
+    (delta,) = text.process([output("b", timings=later)])
+    assert delta.timings is not None
+    assert delta.timings.last_token == later.first_token  # no time is negative
+
+
+@pytest.mark.parametrize("piece", ["ab", "ax"])
+def test_the_engine_s_own_end_is_taken_where_it_has_one(piece: str) -> None:
+    for first in ([], [output("x", timings=FIRST_TIMINGS)]):
+        text, _ = assembler(stop=("b",))
+        (delta,) = text.process([*first, output(piece, finish="length", timings=TIMINGS)])
+        assert delta.timings == TIMINGS
+
+
+def test_cached_tokens_are_those_of_the_first_sample() -> None:
+    text, _ = assembler(n=2)
+    text.process([output("a", cached=16)])
+    text.process([output("a", cached=32), output("b", sample=1, cached=48)])
+    assert text.num_cached_tokens == 16
 
 
 def test_min_tokens_holds_for_stop_strings() -> None:
