@@ -100,6 +100,13 @@ class KernelBackend(Protocol):
         """Whatever every attention layer of this step shares: index tensors, masks, split counts."""
         ...
 
+    def attention_workspace_bytes(
+        self, spec: AttentionSpec, block_size: int, max_num_batched_tokens: int, max_model_len: int
+    ) -> int:
+        """An upper estimate of what planning and attending allocate beside q, K/V and the output of a layer, over any
+        one step of so many tokens whose longest sequence has `max_model_len`."""
+        ...
+
     def rope_and_write_kv(
         self,
         qkv: torch.Tensor,

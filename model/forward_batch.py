@@ -11,6 +11,7 @@ import torch
 
 from ..kernels.backend import AttentionInputs
 from ..scheduler.batch import ScheduledBatch, ScheduledRow
+from .block_tables import BlockTables
 
 _Ints = npt.NDArray[np.int64]
 
@@ -26,7 +27,9 @@ class ForwardBatch:
     """In batch order. [num_drawing]"""
 
 
-def build_forward_batch(batch: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
+def build_forward_batch(
+    batch: ScheduledBatch, block_size: int, device: torch.device, block_tables: BlockTables
+) -> ForwardBatch:
     """Read the rows' live views once and move the result to the device. The batch must not be empty."""
     rows = batch.rows
     num_rows = len(rows)
@@ -39,7 +42,7 @@ def build_forward_batch(batch: ScheduledBatch, block_size: int, device: torch.de
 
     row_of_token = np.repeat(np.arange(num_rows), query_lens)
     positions = np.arange(num_tokens) - query_starts[row_of_token] + computed[row_of_token]
-    tables = _block_tables(rows, context_lens, block_size)
+    tables = block_tables.gather(rows, (-(-context_lens // block_size)).tolist())  # [num_rows, max_blocks]
     slots = tables[row_of_token, positions // block_size] * block_size + positions % block_size
     draws = np.fromiter((row.draws_token for row in rows), np.bool_, num_rows)
 
@@ -67,18 +70,6 @@ def _token_ids(batch: ScheduledBatch, num_tokens: int) -> _Ints:
     """The tokens run in this step. [num_tokens]"""
     pieces = (row.token_ids[row.num_computed_tokens : row.num_tokens_after] for row in batch.rows)
     return np.fromiter(itertools.chain.from_iterable(pieces), np.int64, num_tokens)
-
-
-def _block_tables(rows: list[ScheduledRow], context_lens: _Ints, block_size: int) -> _Ints:
-    """Only the blocks in use; block 0 behind them. [num_rows, max_blocks]"""
-    counts = -(-context_lens // block_size)  # [num_rows]
-    width = int(counts.max())
-    tables = np.zeros((len(rows), width), np.int64)
-    used = itertools.chain.from_iterable(
-        row.block_ids[0][:count] for row, count in zip(rows, counts.tolist(), strict=True)
-    )
-    tables[np.arange(width) < counts[:, None]] = np.fromiter(used, np.int64, int(counts.sum()))
-    return tables
 
 
 def _to_device(array: _Ints, device: torch.device) -> torch.Tensor:

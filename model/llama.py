@@ -53,7 +53,8 @@ class LlamaForCausalLM:
             progress((index + 1) / (spec.num_hidden_layers + 1))
         self._norm = Norm(backend, source.weight(_FINAL_NORM), spec.rms_norm_eps)
         self._head = None if spec.tie_word_embeddings else Linear(backend, [source.weight(_HEAD)])
-        self._rope_table = rope_table(spec.rope, spec.max_position_embeddings, backend.device)
+        self._spec = spec
+        self._rope_table: torch.Tensor | None = None  # fp32 [max_positions, rotary_dim]
         progress(1.0)
 
     @staticmethod
@@ -69,7 +70,15 @@ class LlamaForCausalLM:
         if not spec.tie_word_embeddings:
             yield _HEAD, (spec.vocab_size, spec.hidden_size)
 
+    def prepare(self, max_positions: int) -> None:
+        self._rope_table = self._make_rope_table(max_positions)
+
+    def _make_rope_table(self, max_positions: int) -> torch.Tensor:
+        return rope_table(self._spec.rope, max_positions, self._backend.device)
+
     def forward(self, token_ids: torch.Tensor, attention: AttentionInputs, kv_pool: torch.Tensor) -> torch.Tensor:
+        if self._rope_table is None:
+            self._rope_table = self._make_rope_table(self._spec.max_position_embeddings)
         plan = self._backend.plan_attention(attention, self._attention_spec, kv_pool.shape[4])
         residual = self._embedding(token_ids)  # [num_tokens, hidden]
         x = self._layers[0].input_norm(residual)

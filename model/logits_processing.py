@@ -5,16 +5,17 @@ The order and the formulas are vLLM's, so that a request means the same here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from ..scheduler.batch import ScheduledRow
+from .logit_edits import LogitEdits
 from .sampler_state import TokenCounts
 
 
 def process_logits(
-    logits: torch.Tensor, rows: Sequence[ScheduledRow], counts: TokenCounts, chunk_rows: int
+    logits: torch.Tensor, rows: Sequence[ScheduledRow], edits: LogitEdits, counts: TokenCounts, chunk_rows: int
 ) -> torch.Tensor:
     """logits [n, vocab] → the same tensor where no row asks for anything, else a changed fp32 copy.
 
@@ -27,37 +28,12 @@ def process_logits(
         return logits
     logits = logits.to(torch.float32, copy=True)
     if held_back:
-        _forbid_stops(logits, rows, held_back)
+        edits.forbid_stops(logits, rows, held_back)
     if biased:
-        _add_bias(logits, rows, biased)
+        edits.add_bias(logits, rows, biased)
     for start in range(0, len(penalised), chunk_rows):
         _penalise(logits, rows, penalised[start : start + chunk_rows], counts)
     return logits
-
-
-def _forbid_stops(logits: torch.Tensor, rows: Sequence[ScheduledRow], indices: list[int]) -> None:
-    vocab_size = logits.shape[1]
-    places = [
-        index * vocab_size + token
-        for index in indices
-        for token in (*rows[index].eos_token_ids, *rows[index].params.stop_token_ids)
-        if token < vocab_size
-    ]
-    if places:
-        logits.view(-1).index_fill_(0, torch.tensor(places, device=logits.device), float("-inf"))
-
-
-def _add_bias(logits: torch.Tensor, rows: Sequence[ScheduledRow], indices: list[int]) -> None:
-    vocab_size = logits.shape[1]
-
-    def entries() -> Iterator[tuple[int, float]]:
-        for index in indices:
-            for token, bias in rows[index].params.logit_bias.items():
-                yield index * vocab_size + token, bias
-
-    places, biases = zip(*entries(), strict=True)
-    values = torch.tensor(biases, dtype=torch.float32, device=logits.device)
-    logits.view(-1).index_add_(0, torch.tensor(places, device=logits.device), values)
 
 
 def _penalise(logits: torch.Tensor, rows: Sequence[ScheduledRow], indices: list[int], counts: TokenCounts) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ _CPU_FRACTION = 0.5
 _CUDA_FRACTION = 0.92
 _MIN_USABLE_BLOCKS = 4
 _GIB = 2**30
+_OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +45,13 @@ class CacheRequest:
     """Bytes. None: from the free memory."""
     max_model_len: int | None = None
     """None: what the model was trained for."""
+    attention_bytes: Callable[[int], int] = lambda num_tokens: 0
+    """What attention allocates in one step whose longest sequence has so many tokens; the backend knows."""
 
 
 def plan_cache(spec: ModelSpec, request: CacheRequest, device: torch.device) -> CachePlan:
-    """Size the pool. Raises ModelError when not even a few blocks fit, or for a context the model does not have."""
+    """Size the pool. Raises ModelError when not even a few blocks fit, when more is asked for than is free, or for a
+    context the model does not have."""
     trained_len = spec.max_position_embeddings
     wanted_len = request.max_model_len if request.max_model_len is not None else trained_len
     if wanted_len < 1:
@@ -54,12 +59,14 @@ def plan_cache(spec: ModelSpec, request: CacheRequest, device: torch.device) -> 
     if wanted_len > trained_len:
         raise ModelError(f"max_model_len {wanted_len} exceeds the {trained_len} positions that the model knows")
     block_bytes = bytes_per_block(spec, request.block_size, request.dtype)
-    budget = request.kv_cache_memory
-    if budget is None:
-        budget = _free_budget(spec, request, device)
     blocks_per_seq = -(-wanted_len // request.block_size)
-    useful = request.max_num_seqs * blocks_per_seq + 1
-    num_blocks = min(budget // block_bytes, useful)
+    if request.kv_cache_memory is not None:
+        budget = request.kv_cache_memory
+        num_blocks = budget // block_bytes
+        _check_free(num_blocks * block_bytes, device)
+    else:
+        budget = _free_budget(spec, request, wanted_len, device)
+        num_blocks = min(budget // block_bytes, request.max_num_seqs * blocks_per_seq + 1)
     needed = min(_MIN_USABLE_BLOCKS, blocks_per_seq) + 1
     if num_blocks < needed:
         raise ModelError(_too_small(request, budget, needed * block_bytes))
@@ -84,18 +91,30 @@ def _too_small(request: CacheRequest, budget: int, needed: int) -> str:
     )
 
 
-def _free_budget(spec: ModelSpec, request: CacheRequest, device: torch.device) -> int:
+def _check_free(num_bytes: int, device: torch.device) -> None:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_cpu_bytes()
+    if num_bytes > free:
+        raise ModelError(
+            f"kv-cache-memory of {num_bytes / _GIB:.2f} GiB exceeds the {free / _GIB:.2f} GiB of memory that are free; "
+            "give less, or leave it out to have it fitted"
+        )
+
+
+def _free_budget(spec: ModelSpec, request: CacheRequest, wanted_len: int, device: torch.device) -> int:
     """Bytes that the pool may take of what is free now, the weights being loaded already."""
-    reserve = activation_bytes(spec, request)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         # What other processes hold is gone already; the fraction leaves room for fragmentation and libraries.
-        return max(0, int(free - (1 - _CUDA_FRACTION) * total) - reserve)
-    return max(0, int(available_cpu_bytes() * _CPU_FRACTION) - reserve)
+        share = max(0, int(free - (1 - _CUDA_FRACTION) * total))
+    else:
+        share = int(available_cpu_bytes() * _CPU_FRACTION)
+    # No sequence grows longer than a pool of all this memory.
+    longest = min(wanted_len, share // bytes_per_block(spec, 1, request.dtype))
+    return max(0, share - activation_bytes(spec, request, longest))
 
 
-def activation_bytes(spec: ModelSpec, request: CacheRequest) -> int:
-    """An upper estimate of what one step allocates beside weights and pool."""
+def activation_bytes(spec: ModelSpec, request: CacheRequest, max_model_len: int) -> int:
+    """An upper estimate of what one step allocates beside weights and pool, and of the table of RoPE."""
     widest = max(
         2 * spec.intermediate_size,
         (spec.num_attention_heads + 2 * spec.num_key_value_heads) * spec.head_dim,
@@ -103,7 +122,20 @@ def activation_bytes(spec: ModelSpec, request: CacheRequest) -> int:
     per_token = (4 * spec.hidden_size + 2 * widest) * request.dtype.itemsize
     # Sampling holds a few fp32 copies of the logits of every drawing row.
     per_row = 6 * 4 * spec.vocab_size
-    return request.max_num_batched_tokens * per_token + request.max_num_seqs * per_row
+    return (
+        request.max_num_batched_tokens * per_token
+        + request.max_num_seqs * per_row
+        + request.attention_bytes(max_model_len)
+        + max_model_len * spec.rope.rotary_dim * 4
+    )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed. torch says so of a CPU's memory by a plain RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _OUT_OF_MEMORY_SIGNS)
 
 
 def available_cpu_bytes() -> int:

@@ -65,6 +65,13 @@ def _gumbel(keys: torch.Tensor, hashes: torch.Tensor) -> torch.Tensor:
     x.bitwise_xor_(keys[:, 1:])
     x.mul_(_MULTIPLIER_2)
     x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
-    uniform = x.bitwise_and_(0x7FFFFFFF).float()
-    # −log(−log(1 − u)) with u = (bits + 1/2) / 2**31: floats are finest near 0, and small u makes the large variates.
-    return uniform.add_(0.5).mul_(-(2.0**-31)).log1p_().neg_().log_().neg_()
+    return _to_gumbel(x.bitwise_and_(0x7FFFFFFF))
+
+
+def _to_gumbel(bits: torch.Tensor) -> torch.Tensor:
+    """31 random bits in int32 → −log(−log(1 − u)) with u = (bits + 1/2) / 2**31, in fp32 and finite.
+
+    Floats are finest near 0, and small u makes the large variates. The largest bits round up to 2**31 as a float; the
+    last factor keeps u below 1 even there.
+    """
+    return bits.float().add_(0.5).mul_(-(2.0**-31) * (1 - 2.0**-24)).log1p_().neg_().log_().neg_()

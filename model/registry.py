@@ -16,6 +16,11 @@ from .weights.source import WeightSource
 class CausalLM(Protocol):
     """A loaded model."""
 
+    def prepare(self, max_positions: int) -> None:
+        """Build what depends on how long a sequence may be. Without it, the first forward pass prepares for as many
+        positions as the model was trained for."""
+        ...
+
     def forward(self, token_ids: torch.Tensor, attention: AttentionInputs, kv_pool: torch.Tensor) -> torch.Tensor:
         """All layers over all tokens of a step; K/V go to the pool.
 

@@ -8,6 +8,9 @@ import torch
 
 from .spec import ModelError, RopeSpec
 
+_TABLE_ROWS = 2**16
+"""Rows of the table computed at a time."""
+
 
 def inverse_frequencies(rope: RopeSpec) -> torch.Tensor:
     """fp32 [rotary_dim / 2], radians per position, computed as transformers does so that results agree."""
@@ -44,6 +47,12 @@ def _llama3(frequencies: torch.Tensor, rope: RopeSpec) -> torch.Tensor:
 
 def rope_table(rope: RopeSpec, max_positions: int, device: torch.device) -> torch.Tensor:
     """fp32 [max_positions, rotary_dim]: cosines in the first half of the last axis, sines in the second."""
-    positions = torch.arange(max_positions, dtype=torch.float32)
-    angles = torch.outer(positions, inverse_frequencies(rope))  # [max_positions, rotary_dim / 2]
-    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
+    frequencies = inverse_frequencies(rope)  # [rotary_dim / 2]
+    table = torch.empty((max_positions, rope.rotary_dim), dtype=torch.float32, device=device)
+    # In parts, so that a long table needs little memory beside itself.
+    for start in range(0, max_positions, _TABLE_ROWS):
+        part = table[start : start + _TABLE_ROWS]
+        positions = torch.arange(start, start + part.shape[0], dtype=torch.float32)
+        angles = torch.outer(positions, frequencies)
+        part.copy_(torch.cat((angles.cos(), angles.sin()), dim=-1))
+    return table

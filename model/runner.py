@@ -10,18 +10,31 @@ import torch
 
 from ..kernels.backend import select_backend
 from ..scheduler.batch import BlockCopy, ScheduledBatch, StepResult
+from .block_tables import BlockTables
 from .config import ModelConfig
 from .device import resolve_device, resolve_dtype
 from .forward_batch import ForwardBatch, build_forward_batch
 from .kv_cache import allocate_pool
+from .layers import attention_spec
 from .loader import check_weights, load_model
-from .memory import CachePlan, CacheRequest, plan_cache
+from .memory import CachePlan, CacheRequest, is_out_of_memory, plan_cache
 from .sampler import Sampler
 from .spec import ModelError
 from .weights.open import open_weights
 from .weights.source import WeightSource
 
 _DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
+_SMALLER_WEIGHTS = "free some memory, or choose a smaller model, dtype bfloat16 or another device"
+
+
+@contextmanager
+def _needing_memory(what: str, mend: str) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelError(f"there is not enough memory for {what}; {mend}") from error
 
 
 class ModelRunner:
@@ -58,8 +71,10 @@ class ModelRunner:
                 self.backend = select_backend(config.kernel_backend, self._device, dtype)
             except ValueError as error:
                 raise ModelError(str(error)) from error
-            self._model = load_model(source, self.backend, lambda share: report("load", share))
-        self._sampler = Sampler(self.spec.vocab_size, self._device)
+            with _needing_memory(f"the weights ({self.weight_bytes / 2**30:.2f} GiB)", _SMALLER_WEIGHTS):
+                self._model = load_model(source, self.backend, lambda share: report("load", share))
+                self._sampler = Sampler(self.spec.vocab_size, self._device)
+        self._block_tables = BlockTables()
         self._kv_pool: torch.Tensor | None = None
 
     @contextmanager
@@ -91,9 +106,17 @@ class ModelRunner:
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_memory=kv_cache_memory,
             max_model_len=max_model_len,
+            attention_bytes=lambda num_tokens: self.backend.attention_workspace_bytes(
+                attention_spec(self.spec), self.block_size, max_num_batched_tokens, num_tokens
+            ),
         )
         plan = plan_cache(self.spec, request, self._device)
-        self._kv_pool = allocate_pool(self.spec, plan.num_blocks, self.block_size, self.backend.dtype, self._device)
+        what = f"the KV cache ({plan.kv_cache_bytes / 2**30:.2f} GiB)"
+        with _needing_memory(what, "give a smaller kv-cache-memory, or free some memory"):
+            self._kv_pool = allocate_pool(self.spec, plan.num_blocks, self.block_size, self.backend.dtype, self._device)
+        what = f"the rotations of {plan.max_model_len} positions"
+        with _needing_memory(what, "give a smaller max-model-len or kv-cache-memory"):
+            self._model.prepare(plan.max_model_len)
         self.phases["allocate_cache"] = time.perf_counter() - started
         return plan
 
@@ -113,6 +136,7 @@ class ModelRunner:
     def release(self, seq_ids: Sequence[str]) -> None:
         """Forget what is kept for sequences that ended, as a batch's `finished_seq_ids` also do."""
         self._sampler.drop(seq_ids)
+        self._block_tables.drop(seq_ids)
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> StepResult:
@@ -121,11 +145,11 @@ class ModelRunner:
         Raises FloatingPointError if a row's logits are NaN. Times are the host's: on a device that works
         asynchronously, the wait for the forward pass counts as sampling.
         """
-        self._sampler.drop(batch.finished_seq_ids)
+        self.release(batch.finished_seq_ids)
         if not batch.rows:
             return StepResult([])
         started = time.perf_counter()
-        forward = build_forward_batch(batch, self.block_size, self._device)
+        forward = build_forward_batch(batch, self.block_size, self._device, self._block_tables)
         logits = self._forward(forward)
         forwarded = time.perf_counter()
         sampled = self._sampler.sample(logits, forward.drawing_rows) if forward.drawing_rows else []
@@ -134,7 +158,7 @@ class ModelRunner:
     @torch.inference_mode()
     def forward_logits(self, batch: ScheduledBatch) -> torch.Tensor:
         """Logits [num_drawing, vocab] of the rows that draw, before any processing."""
-        return self._forward(build_forward_batch(batch, self.block_size, self._device))
+        return self._forward(build_forward_batch(batch, self.block_size, self._device, self._block_tables))
 
     def _forward(self, batch: ForwardBatch) -> torch.Tensor:
         hidden = self._model.forward(batch.token_ids, batch.attention, self.kv_pool)  # [num_tokens, hidden]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
 from ..scheduler.batch import SampledRow, ScheduledRow, TokenLogprobs
 from ..scheduler.sampling_params import SamplingParams
+from .logit_edits import LogitEdits
 from .logits_processing import process_logits
 from .random import GumbelNoise
 from .sampler_state import TokenCounts
@@ -31,20 +32,22 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._device = device
         self._counts = TokenCounts(vocab_size, device)
+        self._edits = LogitEdits(vocab_size, device)
         self._noise = GumbelNoise(vocab_size, device)
         chunk = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS_CUDA
         self._chunk_rows = max(1, chunk // vocab_size)
 
-    def drop(self, seq_ids: Iterable[str]) -> None:
+    def drop(self, seq_ids: Collection[str]) -> None:
         """Forget what is kept for sequences that ended."""
         self._counts.drop(seq_ids)
+        self._edits.drop(seq_ids)
 
     def sample(self, logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> list[SampledRow]:
         """logits [n, vocab] in any float dtype, one row each for `rows`; not changed.
 
         Raises FloatingPointError if any row's logits hold NaN.
         """
-        processed = process_logits(logits, rows, self._counts, self._chunk_rows)
+        processed = process_logits(logits, rows, self._edits, self._counts, self._chunk_rows)
         drawn = self._draw(processed, rows)  # [n]
         chosen = processed.gather(1, drawn[:, None]).view(-1)  # [n]
         # A NaN wins every arg max and every sort, so the drawn token's logit betrays it.

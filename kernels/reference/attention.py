@@ -12,6 +12,7 @@ hold a NaN from another sequence's life, and 0 * NaN is NaN.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -21,13 +22,60 @@ import torch.nn.functional as F
 from ..backend import AttentionInputs, AttentionSpec
 from .grouping import GroupLimits, RowGroup, group_decode_rows, group_prefill_rows
 
-_MAX_CHUNK_MASK_ELEMENTS = 2**22
-"""Masks are built for at most this many (query, key) pairs at a time: queries are cut into chunks."""
-_MAX_KEPT_MASK_ELEMENTS = 2**25
-"""Masks of a step are kept for all layers up to this many elements; beyond it they are rebuilt in each layer."""
+_MASK_ALIGNMENT_CUDA = 16
+"""Rows of a mask begin at multiples of so many elements, or CUDA's fused kernels copy it in every layer."""
 _DECODE_LIMITS_CPU = GroupLimits(max_bytes=3 * 2**19, max_padding=2.0)
 _DECODE_LIMITS_CUDA = GroupLimits(max_bytes=2**28, max_padding=1.5)
 _PREFILL_LIMITS = GroupLimits(max_bytes=2**26, max_padding=1.25)
+
+
+@dataclass(slots=True, frozen=True)
+class MaskLimits:
+    """How masked prefill is cut, and where the query heads that share a K/V head stand.
+
+    CPU's kernel reads shared K/V and a mask as they are. CUDA's kernels that take a mask do not share K/V between
+    heads, so there the heads stand in the query axis, as they do for decode, and the mask is repeated for them.
+    """
+
+    folded: bool
+    chunk_elements: int
+    """Masks are built for at most this many (query, key) pairs at a time, or one query: queries are cut into chunks."""
+    kept_elements: int
+    """Masks of one step, all its groups together, are kept for all layers up to this many elements; the others are
+    rebuilt in each layer."""
+
+    def heads(self, spec: AttentionSpec) -> int:
+        """How often a mask is repeated."""
+        return spec.num_heads // spec.num_kv_heads if self.folded else 1
+
+
+_MASKS_CPU = MaskLimits(folded=False, chunk_elements=2**22, kept_elements=2**25)
+_MASKS_CUDA = MaskLimits(folded=True, chunk_elements=2**26, kept_elements=2**28)
+
+
+def workspace_bytes(
+    spec: AttentionSpec,
+    block_size: int,
+    max_num_batched_tokens: int,
+    max_model_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """See `KernelBackend.attention_workspace_bytes`."""
+    on_cpu = device.type == "cpu"
+    tokens, length = max_num_batched_tokens, max_model_len
+    masks, decode = (_MASKS_CPU, _DECODE_LIMITS_CPU) if on_cpu else (_MASKS_CUDA, _DECODE_LIMITS_CUDA)
+    row = 2 * spec.num_kv_heads * spec.head_dim * (-(-length // block_size) * block_size) * dtype.itemsize
+    gathered = max(row, min(tokens * row, max(decode.max_bytes, _PREFILL_LIMITS.max_bytes)))
+    pairs = math.ceil(_PREFILL_LIMITS.max_padding * tokens * length) * masks.heads(spec)
+    chunk = min(pairs, max(masks.chunk_elements, length * masks.heads(spec)))
+    mask_bytes = min(pairs, masks.kept_elements) * dtype.itemsize + chunk * (dtype.itemsize + 2)
+    queries = 4 * tokens * spec.num_heads * spec.head_dim * dtype.itemsize
+    # CUDA's fused kernels want heads of a multiple of 8; without them torch writes scores out, and their softmax.
+    unfused = not on_cpu and spec.head_dim % 8 != 0
+    scores = max(chunk * spec.num_kv_heads, min(tokens, length) ** 2 * spec.num_heads) if unfused else 0
+    # A quarter more for index tensors.
+    return gathered * 5 // 4 + mask_bytes + queries + 2 * 4 * scores
 
 
 @dataclass(slots=True)
@@ -37,7 +85,8 @@ class QueryChunk:
     start: int
     stop: int
     num_keys: int
-    mask: torch.Tensor | None = None  # [B, 1, stop - start, num_keys], 0 or -inf; None: to be built when used
+    mask: torch.Tensor | None = None
+    """[B, 1, mask heads * (stop - start), num_keys], 0 or -inf; None: to be built when used, where one is needed."""
 
 
 @dataclass(slots=True)
@@ -62,6 +111,7 @@ class AttentionPlan:
     """What all attention layers of one step share."""
 
     dtype: torch.dtype
+    masks: MaskLimits
     block_size: int
     num_decode_rows: int
     positions: torch.Tensor  # int64 [num_tokens]
@@ -76,21 +126,25 @@ class AttentionPlan:
 def plan(inputs: AttentionInputs, spec: AttentionSpec, block_size: int, dtype: torch.dtype) -> AttentionPlan:
     """Group the rows and compute the index tensors; host work is linear in rows, all else tensor operations."""
     block_bytes = 2 * spec.num_kv_heads * block_size * spec.head_dim * dtype.itemsize
-    limits = _DECODE_LIMITS_CPU if inputs.positions.device.type == "cpu" else _DECODE_LIMITS_CUDA
+    on_cpu = inputs.positions.device.type == "cpu"
+    limits, masks = (_DECODE_LIMITS_CPU, _MASKS_CPU) if on_cpu else (_DECODE_LIMITS_CUDA, _MASKS_CUDA)
     decode_rows = group_decode_rows(inputs, block_size, block_bytes, limits)
     order = [row for group in decode_rows for row in group.rows]
     in_order = order == list(range(len(order)))
+    prefill_groups = [
+        _prefill_group(inputs, rows, spec, block_size, masks)
+        for rows in group_prefill_rows(inputs, block_size, block_bytes, _PREFILL_LIMITS)
+    ]
+    _keep_masks(prefill_groups, dtype, masks, spec)
     return AttentionPlan(
         dtype=dtype,
+        masks=masks,
         block_size=block_size,
         num_decode_rows=inputs.num_decode_rows,
         positions=inputs.positions,
         write_rows=_write_rows(inputs.slots, spec.num_kv_heads, block_size),
         decode_groups=[_decode_group(inputs, rows, spec, block_size, dtype) for rows in decode_rows],
-        prefill_groups=[
-            _prefill_group(inputs, rows, spec, block_size, dtype)
-            for rows in group_prefill_rows(inputs, block_size, block_bytes, _PREFILL_LIMITS)
-        ],
+        prefill_groups=prefill_groups,
         decode_order=None if in_order else torch.tensor(order, device=inputs.positions.device),
     )
 
@@ -130,12 +184,12 @@ def _decode_group(
         device = inputs.positions.device
         lens = torch.tensor(rows.context_lens, device=device)  # [B]
         seen = torch.arange(rows.max_context_len, device=device) < lens[:, None]  # [B, L]
-        group.decode_mask = _additive(seen, dtype)[:, None, None, :]
+        group.decode_mask = _additive(seen[:, None], dtype, 1)
     return group
 
 
 def _prefill_group(
-    inputs: AttentionInputs, rows: RowGroup, spec: AttentionSpec, block_size: int, dtype: torch.dtype
+    inputs: AttentionInputs, rows: RowGroup, spec: AttentionSpec, block_size: int, masks: MaskLimits
 ) -> AttentionGroup:
     group = _gather_group(inputs, rows, spec, block_size)
     device = inputs.positions.device
@@ -152,21 +206,17 @@ def _prefill_group(
         group.valid_tokens = tokens.index_select(0, group.valid_queries)
     if not rows.from_start:
         group.query_positions = inputs.positions.index_select(0, tokens).view(len(rows.rows), -1)
-    group.chunks = list(_chunk_queries(rows))
-    total = sum((chunk.stop - chunk.start) * chunk.num_keys for chunk in group.chunks) * len(rows.rows)
-    if total <= _MAX_KEPT_MASK_ELEMENTS:
-        for chunk in group.chunks:
-            chunk.mask = _chunk_mask(group, chunk, dtype)
+    group.chunks = list(_chunk_queries(rows, masks.chunk_elements // masks.heads(spec)))
     return group
 
 
-def _chunk_queries(rows: RowGroup) -> Iterator[QueryChunk]:
+def _chunk_queries(rows: RowGroup, max_pairs: int) -> Iterator[QueryChunk]:
     """Rows that start their sequence need no mask, hence no chunks; others are cut to bound the mask."""
     length, queries = rows.max_context_len, rows.max_query_len
     if rows.from_start:
         yield QueryChunk(0, queries, queries)
         return
-    step = max(16, _MAX_CHUNK_MASK_ELEMENTS // (length * len(rows.rows)))
+    step = max(1, max_pairs // (length * len(rows.rows)))
     for start in range(0, queries, step):
         stop = min(start + step, queries)
         # No query of the chunk lies further on than this in its sequence, whichever its row.
@@ -174,17 +224,36 @@ def _chunk_queries(rows: RowGroup) -> Iterator[QueryChunk]:
         yield QueryChunk(start, stop, num_keys)
 
 
-def _chunk_mask(group: AttentionGroup, chunk: QueryChunk, dtype: torch.dtype) -> torch.Tensor | None:
+def _keep_masks(groups: list[AttentionGroup], dtype: torch.dtype, masks: MaskLimits, spec: AttentionSpec) -> None:
+    """Build masks now, chunk by chunk over all groups of the step, as far as the limit goes."""
+    left = masks.kept_elements
+    for group in groups:
+        if group.query_positions is None:
+            continue
+        for chunk in group.chunks:
+            left -= len(group.rows.rows) * masks.heads(spec) * (chunk.stop - chunk.start) * chunk.num_keys
+            if left < 0:
+                return
+            chunk.mask = _chunk_mask(group, chunk, dtype, masks.heads(spec))
+
+
+def _chunk_mask(group: AttentionGroup, chunk: QueryChunk, dtype: torch.dtype, heads: int) -> torch.Tensor | None:
     if group.query_positions is None:
         return None
     positions = group.query_positions[:, chunk.start : chunk.stop, None]  # [B, q, 1]
     keys = torch.arange(chunk.num_keys, device=positions.device)  # [num_keys]
-    return _additive(keys <= positions, dtype)[:, None]
+    return _additive(keys <= positions, dtype, heads)
 
 
-def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """bool → 0 where seen, -inf elsewhere: the form SDPA adds without converting it in each layer."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+def _additive(seen: torch.Tensor, dtype: torch.dtype, heads: int) -> torch.Tensor:
+    """bool [B, q, L] → [B, 1, heads * q, L], 0 where seen, -inf elsewhere: the form SDPA adds without converting it in
+    each layer."""
+    num_rows, num_queries, length = seen.shape
+    alignment = 1 if seen.device.type == "cpu" else _MASK_ALIGNMENT_CUDA
+    width = -(-length // alignment) * alignment
+    mask = torch.zeros((num_rows, heads, num_queries, width), dtype=dtype, device=seen.device)[..., :length]
+    mask.masked_fill_(seen.logical_not()[:, None], float("-inf"))
+    return mask.flatten(1, 2)[:, None]
 
 
 def rope_and_write_kv(
@@ -290,18 +359,22 @@ def _attend_chunks(
     group: AttentionGroup,
     spec: AttentionSpec,
 ) -> torch.Tensor:
+    num_rows, num_heads = queries.shape[:2]
+    heads = plan.masks.heads(spec)
     results = []
     for chunk in group.chunks:
-        mask = chunk.mask if chunk.mask is not None else _chunk_mask(group, chunk, plan.dtype)
-        results.append(
-            F.scaled_dot_product_attention(
-                queries[:, :, chunk.start : chunk.stop],
-                keys[:, :, : chunk.num_keys],
-                values[:, :, : chunk.num_keys],
-                attn_mask=mask,
-                is_causal=group.rows.from_start,
-                scale=spec.scale,
-                enable_gqa=spec.num_heads != spec.num_kv_heads,
-            )
+        mask = chunk.mask if chunk.mask is not None else _chunk_mask(group, chunk, plan.dtype, heads)
+        part = queries[:, :, chunk.start : chunk.stop]  # [B, num_heads, q, head_dim]
+        if mask is not None:  # [B, num_heads / heads, heads * q, head_dim]
+            part = part.reshape(num_rows, num_heads // heads, -1, spec.head_dim)
+        result = F.scaled_dot_product_attention(
+            part,
+            keys[:, :, : chunk.num_keys],
+            values[:, :, : chunk.num_keys],
+            attn_mask=mask,
+            is_causal=group.rows.from_start,
+            scale=spec.scale,
+            enable_gqa=part.shape[1] != spec.num_kv_heads,
         )
+        results.append(result.reshape(num_rows, num_heads, -1, spec.head_dim))
     return results[0] if len(results) == 1 else torch.cat(results, dim=2)

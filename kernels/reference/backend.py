@@ -13,6 +13,9 @@ from ..weights import StoredWeight
 from . import attention
 from .linear import EmbeddingTable, can_prepack, load_linear
 
+_MAX_COPY_BYTES = 2**26
+"""Copied blocks are held for as many layers at a time as this allows, and for at least one."""
+
 
 class ReferenceBackend:
     """Implements `KernelBackend`; see there for what each operator means. Holds no state but its settings."""
@@ -57,6 +60,13 @@ class ReferenceBackend:
     def plan_attention(self, inputs: AttentionInputs, spec: AttentionSpec, block_size: int) -> attention.AttentionPlan:
         return attention.plan(inputs, spec, block_size, self.dtype)
 
+    def attention_workspace_bytes(
+        self, spec: AttentionSpec, block_size: int, max_num_batched_tokens: int, max_model_len: int
+    ) -> int:
+        return attention.workspace_bytes(
+            spec, block_size, max_num_batched_tokens, max_model_len, self.dtype, self.device
+        )
+
     def rope_and_write_kv(
         self,
         qkv: torch.Tensor,
@@ -75,4 +85,9 @@ class ReferenceBackend:
     def copy_blocks(self, pool: torch.Tensor, sources: Sequence[int], targets: Sequence[int]) -> None:
         source_ids = torch.tensor(sources, dtype=torch.int64, device=pool.device)  # [num_copies]
         target_ids = torch.tensor(targets, dtype=torch.int64, device=pool.device)  # [num_copies]
-        pool.index_copy_(1, target_ids, pool.index_select(1, source_ids))
+        # A block may be source of one copy and target of another: within a layer, all reads come before any write.
+        bytes_per_layer = len(sources) * pool[0, 0].nbytes
+        step = max(1, _MAX_COPY_BYTES // max(1, bytes_per_layer))
+        for start in range(0, pool.shape[0], step):
+            layers = pool[start : start + step]
+            layers.index_copy_(1, target_ids, layers.index_select(1, source_ids))

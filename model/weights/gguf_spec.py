@@ -41,6 +41,13 @@ def read_gguf_spec(file: GgufFile) -> ModelSpec:
     if hidden_size <= 0 or num_heads <= 0:
         raise ModelError(f"{file.path.name}: embedding_length and head_count must be positive; convert the model again")
     head_dim = file.get(f"{prefix}.attention.key_length", int, hidden_size // num_heads)
+    rope = _read_rope(file, prefix, head_dim)
+    if family.interleaved_query and rope.rotary_dim != head_dim:
+        # The rows of q and k are put back in order over whole heads, as llama.cpp permutes them there.
+        raise ModelError(
+            f"{file.path.name}: RoPE covers {rope.rotary_dim} of {head_dim} dimensions, which is not supported for "
+            f"{prefix[:60]}; choose another model"
+        )
     vocab_size = embedding.shape[0]
     return ModelSpec(
         architecture=family.architecture,
@@ -52,7 +59,7 @@ def read_gguf_spec(file: GgufFile) -> ModelSpec:
         num_key_value_heads=_uniform(file, f"{prefix}.attention.head_count_kv", num_heads),
         head_dim=head_dim,
         rms_norm_eps=file.get(f"{prefix}.attention.layer_norm_rms_epsilon", float, 1e-5),
-        rope=_read_rope(file, prefix, head_dim),
+        rope=rope,
         max_position_embeddings=_max_positions(file, prefix),
         tie_word_embeddings="output.weight" not in file.tensors,
         attention_bias="blk.0.attn_q.bias" in file.tensors,

@@ -44,11 +44,15 @@ def resolve_model(name: str | None) -> ModelFiles:
         return _default_model()
     if not name.strip() or "\0" in name:
         raise ModelError("the model's name is empty; give a .gguf file, a directory, or a hub id such as org/name")
-    path = Path(name).expanduser()
-    if path.is_file():
-        return _local_file(path)
-    if path.is_dir():
-        return _local_directory(path)
+    try:
+        found = _local(name)
+    # OSError: too long, or not ours to look at; RuntimeError: nobody's home directory; ValueError: not UTF-8.
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        shown = ascii(name if len(name) <= 100 else name[:100] + "…")
+        raise ModelError(f"cannot look for the model {shown}: {reason}; give an existing path or a hub id") from error
+    if found is not None:
+        return found
     match = _HUB_ID.fullmatch(name)
     if match is None or _looks_like_path(name):
         raise ModelError(f"no such file or directory: {name}; give an existing path, or a hub id such as org/name")
@@ -66,26 +70,34 @@ def _default_model() -> ModelFiles:
     files = sorted(file for place in spec.submodule_search_locations for file in Path(place).glob("*.gguf"))
     if len(files) != 1:
         raise ModelError(f"the package {DEFAULT_PACKAGE} holds {len(files)} .gguf files instead of one; {mend}")
-    return ModelFiles(path=files[0].resolve(), kind="gguf", name=DEFAULT_NAME)
+    return ModelFiles(path=files[0].absolute(), kind="gguf", name=DEFAULT_NAME)
+
+
+def _local(name: str) -> ModelFiles | None:
+    """Absolute, but with links as they are: the hub's cache links `model.gguf` to a blob whose name says nothing."""
+    path = Path(name).expanduser().absolute()
+    if path.is_file():
+        return _local_file(path)
+    return _local_directory(path) if path.is_dir() else None
 
 
 def _local_file(path: Path) -> ModelFiles:
     if path.suffix.lower() == ".gguf":
-        return ModelFiles(path=path.resolve(), kind="gguf", name=path.stem)
+        return ModelFiles(path=path, kind="gguf", name=path.stem)
     if path.suffix == ".safetensors":
         raise ModelError(f"{path} is one file of a model; name the directory that holds it and config.json")
     raise ModelError(f"{path} is not a .gguf file; give a .gguf file or a directory with config.json and safetensors")
 
 
 def _local_directory(path: Path) -> ModelFiles:
-    path = path.resolve()
+    name = path.resolve().name if path.name == ".." else path.name
     has_config = (path / "config.json").is_file()
     has_safetensors = any(path.glob("*.safetensors"))
     if has_config and has_safetensors:
-        return ModelFiles(path=path, kind="hf", name=path.name)
+        return ModelFiles(path=path, kind="hf", name=name)
     gguf_files = sorted(path.glob("*.gguf"))
     if len(gguf_files) == 1:
-        return ModelFiles(path=gguf_files[0].resolve(), kind="gguf", name=gguf_files[0].stem)
+        return ModelFiles(path=gguf_files[0], kind="gguf", name=gguf_files[0].stem)
     if gguf_files:
         raise ModelError(f"{path} holds {len(gguf_files)} .gguf files; name one of them, e.g. {gguf_files[0].name}")
     if has_config and any(path.glob("*.bin")):

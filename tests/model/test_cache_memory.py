@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from octavo.model import memory
 from octavo.model.kv_cache import allocate_pool, bytes_per_block
-from octavo.model.memory import CacheRequest, plan_cache
+from octavo.model.memory import CacheRequest, is_out_of_memory, plan_cache
 from octavo.model.spec import ModelError, ModelSpec, RopeSpec
 
 CPU = torch.device("cpu")
@@ -50,10 +51,56 @@ def test_a_given_memory_is_used_in_full():
     assert plan.notes == ()
 
 
-def test_no_more_is_taken_than_the_sequences_can_use():
-    plan = plan_cache(SPEC, request(kv_cache_memory=10**12), CPU)
-    assert plan.num_blocks == 8 * 64 + 1
-    assert plan_cache(SPEC, request(kv_cache_memory=10**12, max_model_len=17), CPU).num_blocks == 8 * 2 + 1
+def test_a_given_memory_is_not_capped_by_what_the_sequences_can_use():
+    """Blocks beyond that still serve the prefix cache."""
+    plan = plan_cache(SPEC, request(kv_cache_memory=2000 * BLOCK_BYTES), CPU)
+    assert plan.num_blocks == 2000 > 8 * 64 + 1
+
+
+def test_no_more_of_the_free_memory_is_taken_than_the_sequences_can_use(monkeypatch):
+    monkeypatch.setattr(memory, "available_cpu_bytes", lambda: 10**12)
+    assert plan_cache(SPEC, request(), CPU).num_blocks == 8 * 64 + 1
+    assert plan_cache(SPEC, request(max_model_len=17), CPU).num_blocks == 8 * 2 + 1
+
+
+def test_more_than_the_free_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(memory, "available_cpu_bytes", lambda: 2**30)
+    with pytest.raises(ModelError, match=r"1000\.00 GiB exceeds the 1\.00 GiB of memory that are free; give less"):
+        plan_cache(SPEC, request(kv_cache_memory=1000 * 2**30), CPU)
+    assert plan_cache(SPEC, request(kv_cache_memory=2**30), CPU).kv_cache_bytes <= 2**30
+
+
+def test_attention_and_rotations_are_left_room(monkeypatch):
+    monkeypatch.setattr(memory, "available_cpu_bytes", lambda: 2**30)
+    seen = []
+    few = plan_cache(SPEC, request(max_num_seqs=10**4, attention_bytes=lambda n: seen.append(n) or 2**28), CPU)
+    many = plan_cache(SPEC, request(max_num_seqs=10**4), CPU)
+    assert seen == [1024]
+    assert 0 <= many.kv_cache_bytes - few.kv_cache_bytes - 2**28 < BLOCK_BYTES
+
+
+def test_a_context_of_billions_is_fitted(monkeypatch):
+    """No table and no estimate may follow the config's number; the pool does not hold that many."""
+    monkeypatch.setattr(memory, "available_cpu_bytes", lambda: 2**28)
+    spec = dataclasses.replace(SPEC, max_position_embeddings=2 * 10**9)
+    plan = plan_cache(spec, request(), CPU)
+    assert 1000 < plan.max_model_len < 2**28 / (BLOCK_BYTES / 16)
+    assert len(plan.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_failed_allocations_are_told_from_other_errors(error, expected):
+    assert is_out_of_memory(error) is expected
 
 
 @pytest.mark.parametrize("max_model_len", [None, 1000])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from octavo.model.block_tables import BlockTables
 from octavo.model.forward_batch import build_forward_batch
 from octavo.scheduler.batch import ScheduledBatch, ScheduledRow
 from octavo.scheduler.sampling_params import SamplingParams
@@ -35,7 +36,7 @@ def batches(draw: Any) -> tuple[ScheduledBatch, int]:
 @settings(max_examples=100, deadline=None)
 def test_every_token_stands_where_its_row_says(case):
     batch, block_size = case
-    forward = build_forward_batch(batch, block_size, torch.device("cpu"))
+    forward = build_forward_batch(batch, block_size, torch.device("cpu"), BlockTables())
     attention = forward.attention
     tokens, positions, slots, last_tokens = [], [], [], []
     for index, row in enumerate(batch.rows):
@@ -61,3 +62,27 @@ def test_every_token_stands_where_its_row_says(case):
     prefill = attention.query_lens[batch.num_decode_rows :]
     assert attention.max_query_len == max(prefill, default=0)
     assert attention.block_tables.shape[1] == max(-(-n // block_size) for n in attention.context_lens)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_kept_tables_follow_growth_copies_preemption_and_reuse(data):
+    """The scheduler's lists change in place between steps, in every way that a table may."""
+    tables = BlockTables()
+    live = {str(index): data.draw(st.lists(st.integers(1, 10**6), min_size=1, max_size=8)) for index in range(3)}
+    for _ in range(data.draw(st.integers(1, 8))):
+        seq_id = data.draw(st.sampled_from(sorted(live)))
+        change = data.draw(st.sampled_from(["grow", "copy", "preempt", "drop", "nothing"]))
+        if change == "grow":
+            live[seq_id] += data.draw(st.lists(st.integers(1, 10**6), max_size=3))
+        elif change == "copy":
+            live[seq_id][data.draw(st.integers(0, len(live[seq_id]) - 1))] = data.draw(st.integers(1, 10**6))
+        elif change == "preempt":
+            live[seq_id][:] = data.draw(st.lists(st.integers(1, 10**6), min_size=1, max_size=4))
+        elif change == "drop":
+            tables.drop([seq_id, "unknown"])
+        rows = [ScheduledRow(key, [0], 1, 0, 1, (ids,), SamplingParams(), 0) for key, ids in live.items()]
+        counts = [data.draw(st.integers(1, len(ids))) for ids in live.values()]
+        width = max(counts)
+        expected = [ids[:count] + [0] * (width - count) for ids, count in zip(live.values(), counts, strict=True)]
+        assert tables.gather(rows, counts).tolist() == expected

@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+from octavo.model import llama as llama_module
+from octavo.model import runner as runner_module
 from octavo.model.config import ModelConfig
 from octavo.model.loader import check_weights
 from octavo.model.registry import model_family
@@ -52,7 +54,27 @@ def test_unknown_architectures_list_the_known(make_source):
     assert "GPT9ForCausalLM is not supported; known: LlamaForCausalLM" in message_of(source)
 
 
-def test_tensors_that_nobody_reads_are_no_error(make_source):
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_norm.weight", "model.layers.2.mlp.up_proj.weight", "visual.x", "lm_head.bias"]
+)
+def test_tensors_that_mean_another_model_are_refused(make_source, name):
+    source = make_source()
+    source.state[name] = torch.zeros(16)
+    assert f"holds tensor '{name}', which is not part of a LlamaForCausalLM" in message_of(source)
+    source.state["zzz"] = torch.zeros(1)
+    assert f"'{name}' and 1 more" in message_of(source)
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_biases_on_the_inputs_of_attention_alone_are_refused(make_source, declared):
+    source = make_source(attention_bias=True)
+    source.spec = dataclasses.replace(source.spec, attention_bias=declared)
+    for layer in range(2):
+        del source.state[f"model.layers.{layer}.self_attn.o_proj.bias"]
+    assert "biases on q/k/v without o are not supported yet" in message_of(source)
+
+
+def test_buffers_that_nobody_reads_are_no_error(make_source):
     source = make_source()
     source.state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
     check_weights(source)
@@ -84,3 +106,47 @@ def test_a_batch_before_the_pool_is_a_programming_error(make_source):
     runner = ModelRunner(ModelConfig(path="", device="cpu", dtype="float32"), block_size=16, source=make_source())
     with pytest.raises(RuntimeError, match="allocate_cache"):
         _ = runner.kv_pool
+
+
+def small_runner(make_source, **changes):
+    return ModelRunner(
+        ModelConfig(path="", device="cpu", dtype="float32"), block_size=16, source=make_source(**changes)
+    )
+
+
+def allocate(runner, **changes):
+    settings = {"kv_cache_memory": 2**20, "max_num_seqs": 4, "max_model_len": None, "max_num_batched_tokens": 64}
+    return runner.allocate_cache(**(settings | changes))
+
+
+@pytest.mark.parametrize("place", ["load_model", "allocate_pool"])
+def test_failed_allocations_are_one_line_that_says_what_to_change(make_source, monkeypatch, place):
+    def fail(*args):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory:\nyou tried to allocate 99 bytes")
+
+    monkeypatch.setattr(runner_module, place, fail)
+    with pytest.raises(ModelError, match=r"there is not enough memory for the .* smaller") as caught:
+        allocate(small_runner(make_source))
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_of_loading_stay_what_they_are(make_source, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(runner_module, "load_model", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        small_runner(make_source)
+
+
+def test_rotations_are_made_for_the_context_served_not_for_the_one_in_the_config(make_source, monkeypatch):
+    made = []
+    original = llama_module.rope_table
+    monkeypatch.setattr(
+        llama_module, "rope_table", lambda rope, count, device: made.append(count) or original(rope, count, device)
+    )
+    runner = small_runner(make_source, max_position_embeddings=2 * 10**9)
+    assert made == []
+    plan = allocate(runner)
+    assert made == [plan.max_model_len]
+    assert plan.max_model_len < 10**5

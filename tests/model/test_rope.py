@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from octavo.model import rope as rope_module
 from octavo.model.rope import inverse_frequencies, rope_table
 from octavo.model.spec import ModelError, RopeSpec
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -50,3 +51,10 @@ def test_explicit_factors_divide_the_frequencies():
 def test_wrong_number_of_factors_is_an_error():
     with pytest.raises(ModelError, match="rope factors have 3 entries"):
         inverse_frequencies(RopeSpec(rotary_dim=8, kind="factors", factors=(1.0, 2.0, 3.0)))
+
+
+def test_a_table_made_in_parts_is_the_same(monkeypatch):
+    spec = RopeSpec(rotary_dim=8)
+    whole = rope_table(spec, 100, torch.device("cpu"))
+    monkeypatch.setattr(rope_module, "_TABLE_ROWS", 33)
+    assert torch.equal(rope_table(spec, 100, torch.device("cpu")), whole)

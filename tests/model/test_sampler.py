@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from octavo.model.random import GumbelNoise
+from octavo.model.random import GumbelNoise, _to_gumbel
 from octavo.model.sampler import Sampler, first_maximum
 from octavo.scheduler.batch import ScheduledRow
 from octavo.scheduler.sampling_params import SamplingParams
@@ -187,6 +187,39 @@ def test_noise_is_standard_gumbel():
     assert abs(float(values.var()) - math.pi**2 / 6) < 0.02
     correlation = torch.corrcoef(values)
     assert float((correlation - torch.eye(20)).abs().max()) < 0.03
+
+
+def test_noise_is_finite_for_all_bits():
+    """The uppermost bits round to 1 as a float; −log(−log(1 − 1)) would be −inf."""
+    noise = GumbelNoise(4, CPU)
+    bits = torch.tensor([[0, 1, 2**30, 2**31 - 65, 2**31 - 64, 2**31 - 1]], dtype=torch.int32)
+    values = _to_gumbel(bits.clone())
+    assert values.isfinite().all()
+    assert (values.diff() <= 0).all()
+    exact = -(-(1 - (bits[0, :3].double() + 0.5) / 2**31).log()).log()
+    torch.testing.assert_close(values[0, :3].double(), exact, rtol=1e-5, atol=1e-5)
+    assert noise.all_tokens(noise.row_keys([1], [1])).isfinite().all()
+
+
+def test_edits_follow_their_sequences_over_steps_and_in_any_batch():
+    sampler, vocab = Sampler(60, CPU), 60
+    rows = [
+        row(SamplingParams(temperature=0, logit_bias={i: 50.0 + i, 59: 1.0}), seq_id=str(i), eos=(2,)) for i in range(6)
+    ]
+    waiting = SamplingParams(temperature=0, min_tokens=9, stop_token_ids=(7, 8, 999))
+    rows += [row(waiting, seq_id=f"w{i}", eos=(i,)) for i in range(3)]
+    logits = torch.zeros(1, vocab)
+    logits[0, [0, 1, 2, 7, 8]] = torch.tensor([9.0, 8.0, 7.0, 10.0, 10.0])
+    expected = [*range(6), 1, 0, 0]
+    for order in ([*range(9)], [8, 3, 0, 6], [5], [7, 7, 1]):
+        chosen = [rows[index] for index in order]
+        assert draw(logits.expand(len(chosen), -1), *chosen, sampler=sampler) == [expected[i] for i in order]
+    sampler.drop([r.seq_id for r in rows])
+    assert not sampler._edits._entries
+    again = row(SamplingParams(temperature=0, logit_bias={33: 99.0}), seq_id="0")
+    assert draw(logits, again, sampler=sampler) == [33]
+    other = row(SamplingParams(temperature=0, logit_bias={44: 99.0}), seq_id="0")
+    assert draw(logits, other, sampler=sampler) == [44]
 
 
 def test_logit_bias_forces_and_bans():

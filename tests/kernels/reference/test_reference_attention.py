@@ -10,6 +10,8 @@ import pytest
 import torch
 from octavo.kernels.backend import AttentionInputs, AttentionSpec
 from octavo.kernels.reference import attention
+from octavo.kernels.reference import backend as backend_module
+from octavo.kernels.reference.attention import MaskLimits
 from octavo.kernels.reference.backend import ReferenceBackend
 from octavo.kernels.reference.grouping import GroupLimits
 
@@ -100,20 +102,39 @@ def test_attention_equals_the_slow_one_whatever_lies_around(case, dtype, toleran
     torch.testing.assert_close(out.double(), slow_attention(q, layer, inputs), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_long_masks_are_cut_into_chunks(monkeypatch, kept):
-    monkeypatch.setattr(attention, "_MAX_CHUNK_MASK_ELEMENTS", 1500)
-    if not kept:
-        monkeypatch.setattr(attention, "_MAX_KEPT_MASK_ELEMENTS", 0)
-    inputs = make_inputs([], [(70, 100), (65, 90)])
+@pytest.mark.parametrize("kept", ["all", "some", "none"])
+@pytest.mark.parametrize("folded", [True, False])
+def test_long_masks_are_cut_into_chunks_and_kept_up_to_a_total(monkeypatch, folded, kept):
+    group_size = 3 if folded else 1
+    # Fresh rows need no mask; the others make two groups by their lengths.
+    inputs = make_inputs([], [(70, 100), (65, 90), (6, 300), (20, 20)])
+    elements = {"all": 2**25, "some": 10000 * group_size, "none": 0}[kept]
+    monkeypatch.setattr(attention, "_MASKS_CPU", MaskLimits(folded, 1500 * group_size, elements))
     plan = attention.plan(inputs, SPEC, BLOCK, torch.float32)
-    (group,) = plan.prefill_groups
-    assert len(group.chunks) > 3
-    assert all((chunk.mask is not None) == kept for chunk in group.chunks)
+    masked = [group for group in plan.prefill_groups if group.query_positions is not None]
+    assert len(masked) == 2
+    chunks = [chunk for group in masked for chunk in group.chunks]
+    assert len(chunks) > 5
+    masks = [chunk.mask for chunk in chunks if chunk.mask is not None]
+    assert sum(mask.numel() for mask in masks) <= elements
+    assert all(mask.numel() <= 1500 * group_size for mask in masks)
+    assert {"all": len(masks) == len(chunks), "some": 0 < len(masks) < len(chunks), "none": not masks}[kept]
     layer = poisoned_pool(inputs, torch.float32)
-    q = torch.randn(135, SPEC.num_heads, SPEC.head_dim)
+    q = torch.randn(161, SPEC.num_heads, SPEC.head_dim)
     out = attention.attend(q, layer, plan, SPEC)
     torch.testing.assert_close(out.double(), slow_attention(q, layer, inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_the_workspace_estimate_covers_gathered_kv_and_masks_of_a_long_context():
+    length, tokens = 60_000, 512
+    spec = AttentionSpec(num_heads=32, num_kv_heads=8, head_dim=128, scale=1.0)
+    one_row = 2 * 8 * 128 * 2 * length
+    for device in (CPU, torch.device("cuda")):
+        estimate = attention.workspace_bytes(spec, BLOCK, tokens, length, torch.bfloat16, device)
+        masks = attention._MASKS_CPU if device == CPU else attention._MASKS_CUDA
+        assert estimate > one_row + 2 * min(masks.kept_elements, tokens * length)
+        assert estimate < 2**31
+        assert attention.workspace_bytes(spec, BLOCK, tokens, 64, torch.bfloat16, device) < estimate
 
 
 def test_decode_groups_stay_within_memory(monkeypatch):
@@ -151,10 +172,11 @@ def test_rope_rotates_half_split_pairs_and_writes_where_the_slots_say():
         torch.testing.assert_close(layer, expected)
 
 
-def test_copy_blocks_copies_all_layers():
-    pool = torch.randn(3, 6, 2, 2, 4, 8)
+@pytest.mark.parametrize("max_bytes", [0, 3 * 512 * 2, 2**26])
+def test_copy_blocks_reads_all_sources_of_a_layer_before_it_writes(monkeypatch, max_bytes):
+    monkeypatch.setattr(backend_module, "_MAX_COPY_BYTES", max_bytes)
+    pool = torch.randn(5, 6, 2, 2, 4, 8)
     before = pool.clone()
-    ReferenceBackend(CPU, torch.float32).copy_blocks(pool, [1, 4], [5, 2])
-    assert torch.equal(pool[:, 5], before[:, 1])
-    assert torch.equal(pool[:, 2], before[:, 4])
-    assert torch.equal(pool[:, [0, 1, 3, 4]], before[:, [0, 1, 3, 4]])
+    ReferenceBackend(CPU, torch.float32).copy_blocks(pool, [1, 4, 2], [5, 2, 3])
+    assert torch.equal(pool[:, [5, 2, 3]], before[:, [1, 4, 2]])
+    assert torch.equal(pool[:, [0, 1, 4]], before[:, [0, 1, 4]])

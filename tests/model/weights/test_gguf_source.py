@@ -128,6 +128,7 @@ def test_linear_rope_scaling(tmp_path: Path) -> None:
         ({"extra": {"llama.expert_count": 8}}, "expert_count"),
         ({"extra": {"llama.rope.scaling.type": "yarn"}}, "yarn"),
         ({"extra": {"llama.attention.key_length": 15}}, "15|contradict|asks for|odd"),
+        ({"extra": {"llama.attention.key_length": 32}}, "RoPE covers 16 of 32"),
         ({"drop": "token_embd.weight"}, "token_embd"),
         ({"add": ("blk.0.attn_sub_norm.weight", (64,))}, "attn_sub_norm"),
         ({"add": ("blk.7.attn_norm.weight", (64,))}, "blk.7"),

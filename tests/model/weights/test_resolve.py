@@ -8,25 +8,52 @@ from pathlib import Path
 
 import pytest
 from octavo.model.spec import ModelError
+from octavo.model.weights.open import open_weights
 from octavo.model.weights.resolve import resolve_model
+from weight_files import write_llama_gguf
 
 
 def test_file_and_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gguf = tmp_path / "tiny.gguf"
     gguf.write_bytes(b"")
     found = resolve_model(str(gguf))
-    assert (found.kind, found.name, found.path) == ("gguf", "tiny", gguf.resolve())
-    assert resolve_model(str(tmp_path)).path == gguf.resolve()
+    assert (found.kind, found.name, found.path) == ("gguf", "tiny", gguf)
+    assert resolve_model(str(tmp_path)).path == gguf
     monkeypatch.chdir(tmp_path)
-    assert resolve_model("tiny.gguf").path == gguf.resolve()
+    assert resolve_model("tiny.gguf").path == gguf
+    assert resolve_model("./tiny.gguf").path == gguf
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert (resolve_model(str(tmp_path)).kind, resolve_model(str(tmp_path)).name) == ("hf", tmp_path.name)
 
 
+def test_links_to_blobs_open_under_the_names_of_the_links(tmp_path: Path) -> None:
+    """As the hub's cache has them: blobs named by their hash, and links that carry the names."""
+    blobs, single, whole = tmp_path / "blobs", tmp_path / "single", tmp_path / "whole"
+    for folder in (blobs, single, whole):
+        folder.mkdir()
+    write_llama_gguf(blobs / "3f2a")
+    (single / "tiny.gguf").symlink_to("../blobs/3f2a")
+    for name in (single / "tiny.gguf", single):
+        found = resolve_model(str(name))
+        assert (found.kind, found.name, found.path) == ("gguf", "tiny", single / "tiny.gguf")
+        open_weights(str(found.path)).close()
+    for file in ("config.json", "model.safetensors"):
+        (blobs / f"blob-{file[0]}").write_bytes(b"")
+        (whole / file).symlink_to(blobs / f"blob-{file[0]}")
+    (tmp_path / "linked").symlink_to(whole)
+    found = resolve_model(str(tmp_path / "linked"))
+    assert (found.kind, found.name) == ("hf", "linked")
+    assert resolve_model(str(found.path)) == found
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("~nosuchuser/x", "cannot look for the model '~nosuchuser/x'"),
+        ("x" * 5000, "name too long"),
+        ("/" + "y" * 5000, "name too long"),
+        ("a/\udcff", "cannot look for|no such file"),
         ("", "empty"),
         ("a\0b", "empty"),
         ("./missing", "no such file"),
@@ -49,9 +76,10 @@ def test_mistakes_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (tmp_path / folder).mkdir()
     for file in ("two/a.gguf", "two/b.gguf", "pickled/config.json", "pickled/x.bin", "notes.txt", "w.safetensors"):
         (tmp_path / file).write_bytes(b"")
-    with pytest.raises(ModelError, match=message) as caught:
+    with pytest.raises(ModelError, match=f"(?i){message}") as caught:
         resolve_model(name)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "nobody/nothing@main", "nobody/nothing:file.gguf"])
