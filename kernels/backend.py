@@ -1,4 +1,4 @@
-"""What a model asks of the machine, and the one place where an implementation is chosen.
+"""What a model asks of the machine.
 
 Model files call these operators and never ask which device they run on. A backend is constructed once, when the
 runner is, and handed to every layer. Each backend keeps its weights and its attention plan in forms of its own;
@@ -132,12 +132,3 @@ class KernelBackend(Protocol):
     def copy_blocks(self, pool: torch.Tensor, sources: Sequence[int], targets: Sequence[int]) -> None:
         """pool [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]: targets := sources, all layers."""
         ...
-
-
-def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> KernelBackend:
-    """The one selection point. `name` is "auto" or a backend's name; raises ValueError for an unknown one."""
-    if name in ("auto", "reference"):
-        from .reference.backend import ReferenceBackend
-
-        return ReferenceBackend(device, dtype)
-    raise ValueError(f"unknown kernel backend {name!r}; known: auto, reference")

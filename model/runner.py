@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..kernels.backend import select_backend
+from ..kernels.select import select_backend
 from ..scheduler.batch import BlockCopy, ScheduledBatch, StepResult
 from .block_tables import BlockTables
 from .config import ModelConfig

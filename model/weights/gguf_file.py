@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeAlias, overload
 
 from ..spec import ModelError
 from .ggml_types import GGML_TYPES
+from .mapping import map_file
 
 GgufValue: TypeAlias = "bool | int | float | str | list[str] | array.array[Any]"
 
@@ -160,7 +161,7 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.data = _map_file(path)
+        self.data = map_file(path, "give the path of a .gguf file")
         try:
             header = _Header(path, self.data)
             num_tensors, num_keys = _read_preamble(header)
@@ -214,18 +215,6 @@ class GgufFile:
         if value is not None and not isinstance(value, list):
             raise ModelError(f"{self.path.name}: {key} should be an array of strings; convert the model to GGUF again")
         return value
-
-
-def _map_file(path: Path) -> mmap.mmap:
-    if not path.is_file():
-        raise ModelError(f"no such file: {path}; give the path of a .gguf file")
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except ValueError:
-        raise ModelError(f"{path.name}: the file is empty; download it again") from None
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}; check that the file may be read") from error
 
 
 def _read_preamble(header: _Header) -> tuple[int, int]:

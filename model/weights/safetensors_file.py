@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..spec import ModelError
 from .jsonfile import parse_json_object
+from .mapping import map_file
 
 # The reference implementation's own limit.
 MAX_HEADER_BYTES = 100_000_000
@@ -43,7 +43,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.data = _map_file(path)
+        self.data = map_file(path, "download the whole model again")
         try:
             self.entries = self._read_entries()
         except BaseException:
@@ -101,15 +101,3 @@ class SafetensorsFile:
 def _is_size(value: Any) -> bool:
     # bool is an int to Python, and JSON's true is no size.
     return type(value) is int and 0 <= value < 1 << 63
-
-
-def _map_file(path: Path) -> mmap.mmap:
-    if not path.is_file():
-        raise ModelError(f"no such file: {path}; download the whole model again")
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except ValueError:
-        raise ModelError(f"{path.name}: the file is empty; download it again") from None
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}; check that the file may be read") from error

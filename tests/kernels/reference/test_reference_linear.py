@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from octavo.kernels.backend import select_backend
 from octavo.kernels.reference import linear
 from octavo.kernels.reference.backend import ReferenceBackend
+from octavo.kernels.select import select_backend
 
 CPU = torch.device("cpu")
 

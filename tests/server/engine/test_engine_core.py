@@ -7,6 +7,8 @@ import socket
 import threading
 from collections.abc import Sequence
 
+import http_fakes
+import msgspec
 import pytest
 from octavo.scheduler.batch import BlockCopy, SampledRow, ScheduledBatch, StepResult
 from octavo.scheduler.config import CacheConfig, SchedulerConfig
@@ -17,7 +19,6 @@ from octavo.server.engine.core import EngineCore, EngineFailure
 from octavo.server.engine.inline import InlineClient
 from octavo.server.engine.messages import (
     Abort,
-    EngineReady,
     GenerateRequest,
     Shutdown,
     StepOutput,
@@ -53,24 +54,7 @@ class ScriptedRunner:
             raise RuntimeError("no device")
 
 
-READY = EngineReady(
-    max_model_len=64,
-    max_num_seqs=32,
-    max_num_waiting=8,
-    max_num_batched_tokens=64,
-    block_size=4,
-    num_blocks=256,
-    kv_cache_bytes=0,
-    weight_bytes=0,
-    vocab_size=100,
-    eos_token_ids=[99],
-    prefix_caching=True,
-    architecture="Fake",
-    dtype="float32",
-    device="cpu",
-    backend="fake",
-    phases={},
-)
+READY = msgspec.structs.replace(http_fakes.READY, max_model_len=64, vocab_size=100)
 
 
 @pytest.fixture

@@ -8,34 +8,17 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from http_fakes import READY
 from octavo.model.config import ModelConfig
 from octavo.scheduler.sampling_params import SamplingParams
 from octavo.server.config import EngineConfig
 from octavo.server.engine import process as process_module
 from octavo.server.engine.client import EngineState, EngineUnavailable
-from octavo.server.engine.messages import EngineDead, EngineReady, GenerateRequest, StepOutput, StepStats, TokenOutput
+from octavo.server.engine.messages import EngineDead, GenerateRequest, StepOutput, StepStats, TokenOutput
 from octavo.server.engine.process import ProcessClient
 from octavo.server.engine.wire import ConnectionClosed, down_decoder, encode_frame, frame
 
 CONFIG = EngineConfig(model=ModelConfig(path="unused"))
-READY = EngineReady(
-    max_model_len=64,
-    max_num_seqs=4,
-    max_num_waiting=4,
-    max_num_batched_tokens=64,
-    block_size=16,
-    num_blocks=16,
-    kv_cache_bytes=0,
-    weight_bytes=0,
-    vocab_size=100,
-    eos_token_ids=[],
-    prefix_caching=True,
-    architecture="Fake",
-    dtype="float32",
-    device="cpu",
-    backend="fake",
-    phases={},
-)
 
 Script = Callable[[socket.socket], None]
 
