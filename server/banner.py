@@ -40,7 +40,8 @@ def banner(config: ServerConfig, files: ModelFiles, ready: EngineReady, address:
 
 
 def _curl(url: str, name: str, needs_key: bool) -> list[str]:
-    body = f'{{"model": "{name}", "stream": true, "messages": [{{"role": "user", "content": "What is a K/V cache?"}}]}}'
+    message = '{"role": "user", "content": "Why is the sky blue?"}'
+    body = f'{{"model": "{name}", "stream": true, "temperature": 0.3, "messages": [{message}]}}'
     key = ['    -H "Authorization: Bearer $OCTAVO_API_KEY" \\'] if needs_key else []
     return [f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\", *key, f"    -d '{body}'"]
 
