@@ -134,7 +134,7 @@ class ModelRunner:
             self.backend.copy_blocks(self.kv_pool, [c.source for c in copies], [c.target for c in copies])
 
     def release(self, seq_ids: Sequence[str]) -> None:
-        """Forget what is kept for sequences that ended, as a batch's `finished_seq_ids` also do."""
+        """Forget what is kept for sequences that ended; `execute` leaves `finished_seq_ids` to its caller."""
         self._sampler.drop(seq_ids)
         self._block_tables.drop(seq_ids)
 
@@ -145,7 +145,6 @@ class ModelRunner:
         Raises FloatingPointError if a row's logits are NaN. Times are the host's: on a device that works
         asynchronously, the wait for the forward pass counts as sampling.
         """
-        self.release(batch.finished_seq_ids)
         if not batch.rows:
             return StepResult([])
         started = time.perf_counter()

@@ -65,7 +65,7 @@ class ScheduledBatch:
     """Rows [0, num_decode_rows) have exactly one scheduled token each, later rows more."""
     block_copies: list[BlockCopy] = field(default_factory=list)
     finished_seq_ids: list[str] = field(default_factory=list)
-    """Sequences that ended since the last step: the runner drops what it keeps for them."""
+    """Sequences that ended since the last step: the core has the runner let go of them (`release`) before the step."""
 
     @property
     def num_tokens(self) -> int:
@@ -73,11 +73,7 @@ class ScheduledBatch:
 
     def part(self, start: int, stop: int) -> ScheduledBatch:
         """Rows [start, stop) alone, for finding the row that makes a step fail. Copies are not repeated."""
-        return ScheduledBatch(
-            self.rows[start:stop],
-            max(0, min(stop, self.num_decode_rows) - start),
-            finished_seq_ids=self.finished_seq_ids,
-        )
+        return ScheduledBatch(self.rows[start:stop], max(0, min(stop, self.num_decode_rows) - start))
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -236,8 +236,8 @@ class Scheduler:
         request = self.waiting.peek()
         if request is None or len(self.running) >= self.max_num_running:
             return None
-        if len(self.running) >= self.blocks.num_free_blocks > 0:
-            return None  # not even the reserve is there: spares the look-up of a long prefix in every step
+        if self.blocks.num_free_blocks <= len(self.running):
+            return None  # any admission takes a block: spares the look-up of a long prefix in every step
         match = self.blocks.match(request.block_hashes, request.token_ids)
         if self.blocks.blocks_to_admit(match, request.num_tokens) + len(self.running) > self.blocks.num_free_blocks:
             return None

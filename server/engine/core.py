@@ -69,10 +69,10 @@ class EngineCore:
         """Run one step. Raises EngineFailure when nothing can be computed any more."""
         started = time.perf_counter()
         batch = self.scheduler.schedule()
+        self._runner.release(batch.finished_seq_ids)
         scheduled = time.perf_counter()
         result = self._execute(batch)
         executed = time.perf_counter()
-        self._runner.release(batch.finished_seq_ids)
         for progress in self.scheduler.update(batch, result.sampled):
             self._outputs.append(_token_output(progress))
         outputs, self._outputs = self._outputs, []
@@ -158,7 +158,7 @@ class EngineCore:
             else:
                 rows.append(row)
         num_decode_rows = sum(row.num_scheduled_tokens == 1 for row in rows)
-        return ScheduledBatch(rows, num_decode_rows, finished_seq_ids=batch.finished_seq_ids)
+        return ScheduledBatch(rows, num_decode_rows)
 
     def _isolate(self, batch: ScheduledBatch, error: Exception) -> StepResult:
         """Bisection: running a row twice writes the same K/V twice, so trying again harms nobody."""

@@ -97,10 +97,6 @@ class ProcessClient(EngineClient):
         self._num_failures = 0
         """Since a token was last served."""
 
-    @property
-    def engine_pid(self) -> int | None:
-        return self._process.pid if self._process is not None else None
-
     async def start(self) -> None:
         if self._supervisor is None:
             self._supervisor = asyncio.create_task(self._supervise(), name="octavo-engine-supervisor")
