@@ -36,6 +36,9 @@ def check(manager: BlockManager) -> None:
         pool.num_cached_free == sum(block.ref_count == 0 for block in published), "the count of cached blocks is off"
     )
     _require(pool.num_shared == sum(count > 1 for count in owned.values()), "the count of shared blocks is off")
+    for index, evicted in zip(pool.index, pool.evicted, strict=True):
+        _require(not any(block_hash in evicted for block_hash in index), "a findable block is remembered as evicted")
+        _require(len(evicted) <= evicted.capacity, "more evictions are remembered than there is room for")
     for tables in manager.tables.values():
         for table in tables:
             _require([block.id for block in table.blocks] == table.ids, "a table's ids differ from its blocks")

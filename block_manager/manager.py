@@ -27,6 +27,18 @@ class PrefixMatch:
 
 
 @dataclass(slots=True, frozen=True)
+class PrefixMisses:
+    """Why the tokens after a match were not found, in tokens. With the match they add up to the whole sequence."""
+
+    num_new_tokens: int
+    """In blocks that were never published, with these tokens before them and this salt, as far as is remembered."""
+    num_evicted_tokens: int
+    """In blocks that were published once, and have been evicted, or can no longer be reached past one that was."""
+    num_tail_tokens: int
+    """What no cache could have held: the part after the last full block, or that block, where it ends the sequence."""
+
+
+@dataclass(slots=True, frozen=True)
 class WriteCopy:
     """A shared block that is about to be written: copy its K/V from `source` to the private `target` first."""
 
@@ -76,7 +88,8 @@ class BlockManager:
         what the next token is drawn from)."""
         if not self.enable_prefix_caching:
             return PrefixMatch(((),) * self.num_groups, 0, 0)
-        num_full = min(hashes.extend(token_ids, len(token_ids)), (len(token_ids) - 1) // self.block_size)
+        hashes.extend(token_ids, len(token_ids))
+        num_full = self._num_matchable(len(token_ids))
         matched: list[list[Block]] = [[] for _ in range(self.num_groups)]
         for index in range(num_full):
             row = [
@@ -90,6 +103,25 @@ class BlockManager:
                 blocks.append(block)
         num_free = sum(block.ref_count == 0 for blocks in matched for block in blocks)
         return PrefixMatch(tuple(map(tuple, matched)), len(matched[0]) * self.block_size, num_free)
+
+    def _num_matchable(self, num_tokens: int) -> int:
+        """Full blocks of a sequence that a match may cover: all but the one that holds the last token."""
+        return (num_tokens - 1) // self.block_size
+
+    def explain_misses(self, hashes: BlockHashes, num_tokens: int, match: PrefixMatch) -> PrefixMisses:
+        """What a match of the first `num_tokens` tokens did not find, and why. Ask before the pool changes again;
+        `hashes` must cover the tokens, as they do after `match`."""
+        num_matchable = self._num_matchable(num_tokens)
+        first_missed = match.num_tokens // self.block_size
+        num_evicted = sum(
+            all(self.pool.was_published(group, hashes.hashes[index]) for group in range(self.num_groups))
+            for index in range(first_missed, num_matchable)
+        )
+        return PrefixMisses(
+            num_new_tokens=(num_matchable - first_missed - num_evicted) * self.block_size,
+            num_evicted_tokens=num_evicted * self.block_size,
+            num_tail_tokens=num_tokens - num_matchable * self.block_size,
+        )
 
     def blocks_to_admit(self, match: PrefixMatch, num_tokens: int) -> int:
         """Free blocks that `begin` and growing to `num_tokens` use up."""

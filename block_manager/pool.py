@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .block import Block, FreeBlockList
+from .evicted import EvictedHashes
 
 NULL_BLOCK_ID = 0
 """Reserved: padding of block tables points here, padded rows of a captured graph write here. Nobody owns it."""
+
+
+EVICTED_HASHES_PER_BLOCK = 4
+"""How far back an eviction is remembered, in multiples of the pool."""
 
 
 class OutOfBlocks(Exception):
@@ -29,6 +34,10 @@ class BlockPool:
             self.free_list.push_back(block)
         self.index: list[dict[bytes, Block]] = [{} for _ in range(num_groups)]
         self._group_of: dict[int, int] = {}
+        self.evicted = [EvictedHashes(EVICTED_HASHES_PER_BLOCK * num_blocks) for _ in range(num_groups)]
+        """Hashes that were in the index until their block was reused, and have not come back since."""
+        self.num_evicted = 0
+        """Running total of published blocks that were reused for other contents."""
         self.num_cached_free = 0
         """Free blocks that still bear a hash."""
         self.num_shared = 0
@@ -50,8 +59,7 @@ class BlockPool:
         for _ in range(count):
             block = self.free_list.pop_front()
             if block.hash is not None:
-                self.num_cached_free -= 1
-                self._unpublish(block)
+                self._evict(block, block.hash)
             block.ref_count = 1
             taken.append(block)
         return taken
@@ -90,6 +98,10 @@ class BlockPool:
             return None
         return block
 
+    def was_published(self, group: int, block_hash: bytes) -> bool:
+        """Whether a block with this hash is findable, or was until it was evicted not too long ago."""
+        return block_hash in self.index[group] or block_hash in self.evicted[group]
+
     def publish(self, group: int, block: Block, block_hash: bytes, parent_hash: bytes, tokens: bytes) -> None:
         """Make a full, written block findable. If an equal one is known already, this one stays private."""
         if block.hash is not None or block_hash in self.index[group]:
@@ -97,6 +109,7 @@ class BlockPool:
         block.hash, block.parent_hash, block.token_bytes = block_hash, parent_hash, tokens
         self.index[group][block_hash] = block
         self._group_of[block.id] = group
+        self.evicted[group].discard(block_hash)
 
     def unpublish(self, blocks: Iterable[Block]) -> None:
         """Take blocks out of the index; active ones stay with their owners."""
@@ -104,6 +117,13 @@ class BlockPool:
             if block.hash is not None:
                 self.num_cached_free -= block.ref_count == 0
                 self._unpublish(block)
+
+    def _evict(self, block: Block, block_hash: bytes) -> None:
+        """A free published block is about to hold something else."""
+        self.evicted[self._group_of[block.id]].add(block_hash)
+        self.num_evicted += 1
+        self.num_cached_free -= 1
+        self._unpublish(block)
 
     def _unpublish(self, block: Block) -> None:
         assert block.hash is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from .batch import TokenLogprobs
@@ -31,3 +32,27 @@ class SchedulerCounters:
     prefix_cache_queries: int = 0
     """In tokens, first admissions only."""
     prefix_cache_hits: int = 0
+    """These and the three kinds of misses add up to the queries; see PrefixMisses for what each means."""
+    prefix_misses_new: int = 0
+    prefix_misses_evicted: int = 0
+    prefix_misses_tail: int = 0
+
+
+class AdmissionStop(enum.Enum):
+    """Why a pass over the queue let nobody further run."""
+
+    QUEUE_EMPTY = "queue empty"
+    CAPACITY = "capacity"
+    """No seat, or too few blocks, for the first in the queue."""
+    BUDGET = "budget"
+    """There is room, but the step's tokens were used up: the next step looks again."""
+
+
+@dataclass(slots=True, frozen=True)
+class WaitingCounts:
+    """The sequences that wait, by what they wait for."""
+
+    num_for_capacity: int
+    """Seats or blocks."""
+    num_deferred: int
+    """Only for a step: one with tokens left, or the one that computes the prompt they share with their leader."""

@@ -34,14 +34,6 @@ class WaitingQueue:
             heapq.heappop(self._heap)
         return self._live[self._heap[0][1]] if self._heap else None
 
-    def pop(self) -> Request:
-        """Raises IndexError if nothing waits."""
-        request = self.peek()
-        if request is None:
-            raise IndexError("nothing is waiting")
-        self.remove(request)
-        return request
-
     def remove(self, request: Request) -> None:
         del self._live[request.seq_id]
         if len(self._heap) > 64 and len(self._heap) > 4 * len(self._live):

@@ -14,7 +14,7 @@ from ..block_manager.manager import BlockManager, PrefixMatch
 from .batch import BlockCopy, SampledRow, ScheduledBatch, ScheduledRow
 from .budget import StepBudget
 from .config import CacheConfig, SchedulerConfig
-from .progress import Progress, SchedulerCounters
+from .progress import AdmissionStop, Progress, SchedulerCounters, WaitingCounts
 from .queue import WaitingQueue
 from .request import Request, RequestStatus
 from .sampling_params import SamplingParams
@@ -57,6 +57,8 @@ class Scheduler:
         self.requests: dict[str, dict[int, Request]] = {}
         """request id → sample index → live sample."""
         self.counters = SchedulerCounters()
+        self._admission_stop = AdmissionStop.QUEUE_EMPTY
+        """Of the latest pass."""
         self._num_held = 0
         self._num_arrived = 0
         self._finished_seq_ids: list[str] = []
@@ -66,6 +68,19 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self.waiting) + self._num_held
+
+    @property
+    def waiting_counts(self) -> WaitingCounts:
+        """Who waits for what, as the latest pass left it; together they are `num_waiting`.
+
+        Who came since then has not been looked at yet, and counts like the rest of the queue. A held sample waits
+        with its leader, or, once that one runs, for the prompt that it computes.
+        """
+        num_held_by_running = sum(len(leader.held_siblings) for leader in self.running) if self._num_held else 0
+        num_queued = self.num_waiting - num_held_by_running
+        if self._admission_stop is AdmissionStop.CAPACITY:
+            return WaitingCounts(num_queued, num_held_by_running)
+        return WaitingCounts(0, num_queued + num_held_by_running)
 
     @property
     def has_work(self) -> bool:
@@ -164,9 +179,8 @@ class Scheduler:
         for request in sorted(prompts, key=lambda request: request.order):
             budget.take(request)  # its blocks were taken at admission
         # Admitting in a step that had to evict would only move the shortage.
-        if not preempted or not self.running:
-            while budget.left > 0 and (admitted := self._admit()) is not None:
-                budget.take(admitted)
+        admits = not preempted or not self.running
+        self._admission_stop = self._admit_waiting(budget) if admits else AdmissionStop.CAPACITY
         budget.spread()
         shares = budget.shares()
         finished, self._finished_seq_ids = self._finished_seq_ids, []
@@ -227,38 +241,48 @@ class Scheduler:
         copies = self.blocks.grow(request.seq_id, request.num_computed_tokens, num_tokens)
         return [BlockCopy(copy.source, copy.target) for copy in copies]
 
-    def _admit(self) -> Request | None:
-        """Let the first in the queue run if it has a seat and all its known tokens have blocks.
+    def _admit_waiting(self, budget: StepBudget) -> AdmissionStop:
+        """Let the first in the queue run while there is a seat, blocks for all its known tokens, and budget.
 
         A reserve of one block per running sequence stays untouched, so that an admission is not followed at once by
         a preemption. Nobody overtakes the first: a large request cannot starve.
         """
-        request = self.waiting.peek()
-        if request is None or len(self.running) >= self.max_num_running:
-            return None
-        if self.blocks.num_free_blocks <= len(self.running):
-            return None  # any admission takes a block: spares the look-up of a long prefix in every step
-        match = self.blocks.match(request.block_hashes, request.token_ids)
-        if self.blocks.blocks_to_admit(match, request.num_tokens) + len(self.running) > self.blocks.num_free_blocks:
-            return None
-        self.waiting.pop()
-        self.blocks.begin(request.seq_id, match)
+        while (request := self.waiting.peek()) is not None:
+            num_spare_blocks = self.blocks.num_free_blocks - len(self.running)
+            # Any admission takes a block: spares the look-up of a long prefix in every step.
+            if len(self.running) >= self.max_num_running or num_spare_blocks <= 0:
+                return AdmissionStop.CAPACITY
+            if budget.left <= 0:
+                return AdmissionStop.BUDGET
+            match = self.blocks.match(request.block_hashes, request.token_ids)
+            if self.blocks.blocks_to_admit(match, request.num_tokens) > num_spare_blocks:
+                return AdmissionStop.CAPACITY
+            self._admit(request, match)
+            budget.take(request)
+        return AdmissionStop.QUEUE_EMPTY
+
+    def _admit(self, request: Request, match: PrefixMatch) -> None:
+        self.waiting.remove(request)
         self._note_admission(request, match)
+        self.blocks.begin(request.seq_id, match)
         request.num_computed_tokens = match.num_tokens
         self._grow(request, request.num_tokens)
         request.status = RequestStatus.RUNNING
         self.running.append(request)
-        return request
 
     def _note_admission(self, request: Request, match: PrefixMatch) -> None:
         if request.scheduled_time is None:
             request.scheduled_time = self._clock()
-        if request.num_preemptions == 0 and request.sample_index == 0:
-            # A readmission finds its own blocks again, a sibling its leader's; counting that would flatter the rate.
-            request.num_cached_tokens = match.num_tokens
-            if self.blocks.enable_prefix_caching:
-                self.counters.prefix_cache_queries += request.num_tokens
-                self.counters.prefix_cache_hits += match.num_tokens
+        if request.num_preemptions > 0 or request.sample_index > 0:
+            return  # a readmission finds its own blocks again, a sibling its leader's: counting that would flatter
+        request.num_cached_tokens = match.num_tokens
+        if self.blocks.enable_prefix_caching:
+            misses = self.blocks.explain_misses(request.block_hashes, request.num_tokens, match)
+            self.counters.prefix_cache_queries += request.num_tokens
+            self.counters.prefix_cache_hits += match.num_tokens
+            self.counters.prefix_misses_new += misses.num_new_tokens
+            self.counters.prefix_misses_evicted += misses.num_evicted_tokens
+            self.counters.prefix_misses_tail += misses.num_tail_tokens
 
     # ------------------------------------------------------------------ one step: what came of it
 
@@ -307,6 +331,7 @@ class Scheduler:
             sibling.block_hashes.take_over(leader.block_hashes)
             sibling.num_cached_tokens = leader.num_cached_tokens
             if len(self.running) >= self.max_num_running:
+                self._admission_stop = AdmissionStop.CAPACITY
                 self.waiting.push(sibling)
                 continue
             self.blocks.fork(leader.seq_id, sibling.seq_id, shared)

@@ -238,7 +238,7 @@ class TextAssembler:
 
 
 class GenerationObserver(Protocol):
-    """Whoever measures a request; see metrics.py."""
+    """Whoever measures a request; see request_metrics.py."""
 
     def on_deltas(self, deltas: list[TextDelta], num_cached_tokens: int, now: float) -> None: ...
 

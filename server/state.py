@@ -20,6 +20,7 @@ from .engine.messages import EngineReady, GenerateRequest
 from .errors import RETRY_AFTER_DRAINING_S, invalid, model_not_found
 from .metrics import Metrics
 from .outputs import GenerationStream
+from .request_metrics import RequestMetrics
 from .tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ class ServerState:
             self._busy_since = time.monotonic()
         stream = self.client.submit(request)
         try:
-            observer = self.metrics.begin_request(request.params, len(request.prompt_token_ids))
+            observer = RequestMetrics(self.metrics, request.params, len(request.prompt_token_ids))
             generation = GenerationStream(
                 self.client, request, stream, self.tokenizer, observer, on_close=self._generation_closed
             )

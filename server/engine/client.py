@@ -121,6 +121,11 @@ class EngineClient(ABC):
     def _send(self, message: DownMessage) -> None: ...
 
     @property
+    def engine_pid(self) -> int | None:
+        """The process that the engine runs in, None while there is none."""
+        return None
+
+    @property
     def num_open_requests(self) -> int:
         return len(self._streams)
 
@@ -197,6 +202,8 @@ class EngineClient(ABC):
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(RequestError(code="engine_dead", message=reason))
+        for listener in self.stats_listeners:
+            self._tell(listener, StepStats())  # nothing runs in an engine that is not there
         self._set_state(state)
 
     def _set_state(self, state: EngineState) -> None:

@@ -41,6 +41,8 @@ class EngineCore:
         self._probe = probe
         self._outputs: list[TokenOutput] = []
         self._reported = SchedulerCounters()
+        self._num_evicted_reported = 0
+        self._emit_seconds = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -87,6 +89,10 @@ class EngineCore:
             ),
         )
 
+    def note_emitted(self, seconds: float) -> None:
+        """How long it took to encode a step's output and hand it over; reported with the next message."""
+        self._emit_seconds += seconds
+
     def idle(self) -> StepOutput:
         """A sign of life between requests; also lets go of what the runner keeps for the last of them."""
         self._runner.release(self.scheduler.schedule().finished_seq_ids)
@@ -105,15 +111,22 @@ class EngineCore:
         now, before = dataclasses.replace(self.scheduler.counters), self._reported
         self._reported = now
         pool = self.scheduler.blocks.pool
+        num_evicted, self._num_evicted_reported = pool.num_evicted - self._num_evicted_reported, pool.num_evicted
+        emit_seconds, self._emit_seconds = self._emit_seconds, 0.0
         return StepStats(
             num_running=len(self.scheduler.running),
             num_waiting=self.scheduler.num_waiting,
+            num_waiting_deferred=self.scheduler.waiting_counts.num_deferred,
             num_blocks=pool.num_usable,
             num_free_blocks=pool.num_free,
             num_cached_blocks=pool.num_cached_free,
             num_shared_blocks=pool.num_shared,
             prefix_cache_queries=now.prefix_cache_queries - before.prefix_cache_queries,
             prefix_cache_hits=now.prefix_cache_hits - before.prefix_cache_hits,
+            prefix_misses_new=now.prefix_misses_new - before.prefix_misses_new,
+            prefix_misses_evicted=now.prefix_misses_evicted - before.prefix_misses_evicted,
+            prefix_misses_tail=now.prefix_misses_tail - before.prefix_misses_tail,
+            num_evicted_blocks=num_evicted,
             num_preemptions=now.num_preemptions - before.num_preemptions,
             num_recomputed_tokens=now.num_recomputed_tokens - before.num_recomputed_tokens,
             num_prompt_tokens=now.num_prompt_tokens - before.num_prompt_tokens,
@@ -123,6 +136,7 @@ class EngineCore:
             forward_seconds=forward_seconds,
             sample_seconds=sample_seconds,
             update_seconds=update_seconds,
+            emit_seconds=emit_seconds,
         )
 
     # ------------------------------------------------------------------ failures

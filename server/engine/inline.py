@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 from .client import EngineClient, EngineState
 from .core import EngineCore
@@ -20,8 +21,13 @@ class InlineClient(EngineClient):
         self._pump: asyncio.Task[None] | None = None
         self.handle(ready)
 
+    @property
+    def engine_pid(self) -> int | None:
+        return None if self.state is EngineState.CLOSED else os.getpid()
+
     async def start(self) -> None:
         if self._pump is None:
+            self.handle(StepOutput(outputs=[], stats=self.core.stats()))  # says how large the pool is
             self._pump = asyncio.create_task(self._run(), name="octavo-inline-engine")
 
     async def close(self) -> None:

@@ -88,6 +88,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     num_running: int = 0
     num_waiting: int = 0
+    num_waiting_deferred: int = 0
+    """Those of `num_waiting` that wait only for a step with tokens left; the others wait for a seat or blocks."""
     num_blocks: int = 0
     num_free_blocks: int = 0
     """Allocatable, cached ones included."""
@@ -98,6 +100,14 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prefix_cache_queries: int = 0
     """In tokens; readmissions after a preemption are not counted."""
     prefix_cache_hits: int = 0
+    prefix_misses_new: int = 0
+    """In tokens, as the next two: never seen before. Hits and misses add up to the queries."""
+    prefix_misses_evicted: int = 0
+    """Seen, and evicted since."""
+    prefix_misses_tail: int = 0
+    """Beyond the last block that a hit may cover."""
+    num_evicted_blocks: int = 0
+    """Published blocks reused for other contents."""
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
     """Tokens computed again because of a preemption."""
@@ -109,6 +119,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     forward_seconds: float = 0.0
     sample_seconds: float = 0.0
     update_seconds: float = 0.0
+    emit_seconds: float = 0.0
+    """Of the step before: this one's message is not sent yet."""
 
 
 class StepOutput(msgspec.Struct, tag=True, frozen=True, kw_only=True):

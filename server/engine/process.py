@@ -97,6 +97,13 @@ class ProcessClient(EngineClient):
         self._num_failures = 0
         """Since a token was last served."""
 
+    @property
+    def engine_pid(self) -> int | None:
+        # Once it is given up it has been waited for, and its number may be another's.
+        if self._process is None or self.state in (EngineState.DEAD, EngineState.CLOSED):
+            return None
+        return self._process.pid
+
     async def start(self) -> None:
         if self._supervisor is None:
             self._supervisor = asyncio.create_task(self._supervise(), name="octavo-engine-supervisor")

@@ -72,12 +72,16 @@ def _build(channel: Channel, config: EngineConfig, started: float) -> EngineCore
 
 def serve(core: EngineCore, channel: Channel) -> None:
     """The loop. Waits while there is nothing to do, and gives a sign of life now and then."""
+    channel.send(core.idle())  # the first one says how large the pool is
     while True:
         for message in channel.receive(0.0 if core.has_work else HEARTBEAT_S):
             if not _take(core, message):
                 return
         if core.has_work:
-            channel.send(core.step())
+            output = core.step()
+            started = time.perf_counter()
+            channel.send(output)
+            core.note_emitted(time.perf_counter() - started)
         else:
             channel.send(core.idle())
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from octavo.block_manager.block import Block, FreeBlockList
 from octavo.block_manager.check import InvariantViolation, check
+from octavo.block_manager.evicted import EvictedHashes
 from octavo.block_manager.hashing import BlockHashes, chain_hash, root_hash, token_bytes
-from octavo.block_manager.manager import BlockManager
+from octavo.block_manager.manager import BlockManager, PrefixMisses
 from octavo.block_manager.pool import BlockPool, OutOfBlocks
 
 BLOCK = 4
@@ -97,6 +98,91 @@ def test_freed_prefixes_are_found_until_their_blocks_are_needed() -> None:
     fill(manager, "c", [0] * 12)
     manager.free("c")
     assert manager.match(BlockHashes(BLOCK), tokens).num_tokens == 4
+
+
+def misses(manager: BlockManager, tokens: list[int], salt: str = "") -> PrefixMisses:
+    """Why a match of these tokens would not cover them all, were they asked for now."""
+    hashes = BlockHashes(manager.block_size, salt)
+    return manager.explain_misses(hashes, len(tokens), manager.match(hashes, tokens))
+
+
+def test_a_miss_is_new_until_its_block_was_published() -> None:
+    manager = BlockManager(16, BLOCK)
+    tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert misses(manager, tokens) == PrefixMisses(8, 0, 1)
+    fill(manager, "a", tokens)
+    assert misses(manager, tokens) == PrefixMisses(0, 0, 1)
+    assert misses(manager, tokens, "other") == PrefixMisses(8, 0, 1)
+    assert misses(manager, [1, 2, 3, 4, 0, 6, 7, 8, 9]) == PrefixMisses(4, 0, 1)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_tail"), [(1, 1), (3, 3), (4, 4), (5, 1), (7, 3), (8, 4), (9, 1)])
+def test_the_tail_is_what_no_hit_may_cover(num_tokens: int, num_tail: int) -> None:
+    manager = BlockManager(16, BLOCK)
+    tokens = list(range(num_tokens))
+    assert misses(manager, tokens).num_tail_tokens == num_tail
+    fill(manager, "a", tokens)
+    manager.free("a")
+    assert misses(manager, tokens) == PrefixMisses(0, 0, num_tail)
+
+
+def test_an_evicted_block_is_told_from_a_new_one_and_can_come_back() -> None:
+    manager = BlockManager(4, BLOCK)
+    tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    fill(manager, "a", tokens)
+    manager.free("a")
+    assert manager.pool.num_evicted == 0
+    fill(manager, "b", [0] * 8)  # the free block without a hash, and the end of the prefix
+    assert manager.pool.num_evicted == 1
+    assert misses(manager, tokens) == PrefixMisses(0, 4, 1)
+    manager.free("b")
+    fill(manager, "c", [7] * 12)
+    manager.free("c")
+    # What was left of the prefix, and both blocks of "b".
+    assert manager.pool.num_evicted == 4
+    assert misses(manager, tokens) == PrefixMisses(0, 8, 1)
+    fill(manager, "a", tokens)
+    assert misses(manager, tokens) == PrefixMisses(0, 0, 1)
+
+
+def test_a_block_behind_an_evicted_one_is_no_new_one() -> None:
+    manager = BlockManager(6, BLOCK)
+    tokens = [1, 2, 3, 4, 5, 6, 7, 8]
+    fill(manager, "first", tokens[:4])
+    # Computed at the same time, so its own first block stays private: "first" holds the published one.
+    manager.begin("second", manager.match(BlockHashes(BLOCK), [9]))
+    manager.grow("second", 0, 8)
+    manager.publish("second", BlockHashes(BLOCK), tokens, 8)
+    manager.free("first")
+    manager.grow("second", 8, 16)
+    fill(manager, "third", [0])
+    assert manager.pool.num_evicted == 1
+    assert misses(manager, [*tokens, 9]) == PrefixMisses(0, 8, 1)
+
+
+def test_what_was_withdrawn_after_a_failure_is_not_called_evicted() -> None:
+    manager = BlockManager(16, BLOCK)
+    fill(manager, "a", [1, 2, 3, 4, 5])
+    manager.unpublish("a")
+    manager.free("a")
+    assert manager.pool.num_evicted == 0
+    assert misses(manager, [1, 2, 3, 4, 5]) == PrefixMisses(4, 0, 1)
+
+
+def test_the_memory_of_evictions_is_bounded() -> None:
+    evicted = EvictedHashes(capacity=2)
+    for name in (b"a", b"b", b"a", b"c"):
+        evicted.add(name)
+    assert [name in evicted for name in (b"a", b"b", b"c")] == [True, False, True]
+    evicted.discard(b"a")
+    evicted.discard(b"unknown")
+    assert len(evicted) == 1
+    manager = BlockManager(3, BLOCK)
+    for index in range(100):
+        fill(manager, "a", [index] * 8)
+        manager.free("a")
+    assert len(manager.pool.evicted[0]) == 12
+    assert manager.pool.num_evicted == 198
 
 
 def test_a_colliding_hash_is_no_hit_when_the_tokens_differ(monkeypatch: pytest.MonkeyPatch) -> None:

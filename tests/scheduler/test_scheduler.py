@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from octavo.scheduler.batch import SampledRow, ScheduledBatch
 from octavo.scheduler.config import CacheConfig, SchedulerConfig
-from octavo.scheduler.progress import Progress
+from octavo.scheduler.progress import Progress, WaitingCounts
 from octavo.scheduler.sampling_params import InvalidRequest, SamplingParams
 from octavo.scheduler.scheduler import QueueFull, Scheduler
 
@@ -13,11 +13,17 @@ EOS = 99
 
 
 def make(
-    *, num_blocks: int = 65, block_size: int = 4, max_num_seqs: int = 8, budget: int = 16, max_waiting: int = 100
+    *,
+    num_blocks: int = 65,
+    block_size: int = 4,
+    max_num_seqs: int = 8,
+    budget: int = 16,
+    max_waiting: int = 100,
+    caching: bool = False,
 ) -> Scheduler:
     return Scheduler(
         SchedulerConfig(max_num_seqs=max_num_seqs, max_num_waiting=max_waiting),
-        CacheConfig(block_size=block_size, enable_prefix_caching=False),
+        CacheConfig(block_size=block_size, enable_prefix_caching=caching),
         num_blocks=num_blocks,
         max_model_len=(num_blocks - 1) * block_size,
         max_num_batched_tokens=budget,
@@ -251,3 +257,82 @@ def test_siblings_inherit_the_hash_chain_and_count_no_hits() -> None:
         cached |= {item.request.num_cached_tokens for item in step(scheduler)[1]}
     assert cached == {0}
     assert (scheduler.counters.prefix_cache_queries, scheduler.counters.prefix_cache_hits) == (13, 0)
+
+
+def test_who_lacks_a_seat_waits_for_capacity() -> None:
+    scheduler = make(max_num_seqs=2)
+    for name in ("a", "b", "c", "d"):
+        scheduler.add(name, [1, 2], SamplingParams(max_tokens=2))
+    step(scheduler)
+    assert scheduler.waiting_counts == WaitingCounts(num_for_capacity=2, num_deferred=0)
+    while scheduler.has_work:
+        step(scheduler)
+    assert scheduler.waiting_counts == WaitingCounts(0, 0)
+
+
+def test_who_lacks_blocks_waits_for_capacity() -> None:
+    scheduler = make(num_blocks=9, budget=64)
+    scheduler.add("a", [1] * 16, SamplingParams(max_tokens=4))
+    scheduler.add("b", [1] * 24, SamplingParams(max_tokens=4))
+    step(scheduler)
+    assert scheduler.waiting_counts == WaitingCounts(num_for_capacity=1, num_deferred=0)
+
+
+def test_who_is_preempted_waits_for_capacity() -> None:
+    scheduler = make(num_blocks=9, budget=64)
+    scheduler.add("a", [1] * 15, SamplingParams(max_tokens=12))
+    scheduler.add("b", [1] * 7, SamplingParams(max_tokens=12))
+    while scheduler.counters.num_preemptions == 0:
+        step(scheduler)
+    assert scheduler.waiting_counts == WaitingCounts(num_for_capacity=1, num_deferred=0)
+
+
+def test_who_lacks_only_the_step_s_tokens_is_deferred() -> None:
+    scheduler = make(budget=64)
+    for name in ("a", "b", "c"):
+        scheduler.add(name, [1] * 64, SamplingParams(max_tokens=2))
+    assert shares(step(scheduler)[0]) == {"a/0": 64}
+    assert scheduler.waiting_counts == WaitingCounts(num_for_capacity=0, num_deferred=2)
+
+
+def test_a_held_sample_is_deferred_while_its_leader_computes_the_prompt() -> None:
+    scheduler = make(budget=8, max_num_seqs=1)
+    scheduler.add("a", [1] * 16, SamplingParams(n=3, max_tokens=2))
+    scheduler.add("b", [1], SamplingParams(n=2, max_tokens=2))
+    step(scheduler)
+    # Both samples of "b": one without a seat, one held behind it.
+    assert scheduler.waiting_counts == WaitingCounts(num_for_capacity=2, num_deferred=2)
+    step(scheduler)
+    assert scheduler.waiting_counts == WaitingCounts(num_for_capacity=4, num_deferred=0)
+
+
+def prefix_counts(scheduler: Scheduler) -> tuple[int, int, int, int, int]:
+    """Queries, hits, and misses: new, evicted, tail."""
+    counters = scheduler.counters
+    misses = (counters.prefix_misses_new, counters.prefix_misses_evicted, counters.prefix_misses_tail)
+    return counters.prefix_cache_queries, counters.prefix_cache_hits, *misses
+
+
+def test_hits_and_misses_are_counted_once_per_request_in_tokens() -> None:
+    scheduler = make(num_blocks=6, budget=64, caching=True)
+    expected = [
+        ([1] * 10, (10, 0, 8, 0, 2)),
+        ([1] * 10, (20, 8, 8, 0, 4)),
+        ([2] * 20, (40, 8, 24, 0, 8)),  # takes the whole pool
+        ([1] * 10, (50, 8, 24, 8, 10)),
+    ]
+    for index, (prompt, counts) in enumerate(expected):
+        scheduler.add(f"r{index}", prompt, SamplingParams(max_tokens=1, n=1))
+        while scheduler.has_work:
+            step(scheduler)
+        assert prefix_counts(scheduler) == counts
+
+
+def test_a_readmission_counts_neither_hits_nor_misses() -> None:
+    scheduler = make(num_blocks=9, budget=64, caching=True)
+    scheduler.add("a", [1] * 15, SamplingParams(max_tokens=12))
+    scheduler.add("b", [2] * 7, SamplingParams(max_tokens=12))
+    while scheduler.has_work:
+        step(scheduler)
+    assert scheduler.counters.num_preemptions > 0
+    assert prefix_counts(scheduler) == (22, 0, 16, 0, 6)

@@ -2,7 +2,8 @@
 
 The fake runner stores in every K/V slot what a real one would have to find there (token, position, digest of the
 prefix and its salt), and checks each read against the reading request's own history. Tiny pools and a tiny alphabet
-make sharing, eviction, preemption and copy-on-write happen all the time.
+make sharing, eviction, preemption and copy-on-write happen all the time. What the metrics are told is checked as well:
+see watched_scheduler.py, and `counters_add_up` here.
 """
 
 from __future__ import annotations
@@ -26,32 +27,31 @@ from hypothesis.stateful import (
 )
 from octavo.block_manager import check as invariants
 from octavo.block_manager.block import FreeBlockList
+from octavo.block_manager.evicted import EvictedHashes
 from octavo.block_manager.hashing import BlockHashes
-from octavo.block_manager.manager import BlockManager
+from octavo.block_manager.manager import BlockManager, PrefixMatch
 from octavo.block_manager.pool import BlockPool
 from octavo.scheduler import scheduler as scheduler_module
 from octavo.scheduler.batch import BlockCopy, SampledRow, ScheduledBatch, ScheduledRow, StepResult
+from octavo.scheduler.budget import StepBudget
 from octavo.scheduler.config import CacheConfig, SchedulerConfig
+from octavo.scheduler.progress import AdmissionStop
 from octavo.scheduler.request import Request, RequestStatus, derive_seed
 from octavo.scheduler.sampling_params import SamplingParams
 from octavo.scheduler.scheduler import Scheduler
 from octavo.server.engine.core import EngineCore
-from octavo.server.engine.messages import GenerateRequest, TokenOutput
+from octavo.server.engine.messages import GenerateRequest, StepStats, TokenOutput
+from watched_scheduler import WatchedScheduler, require
 
 # Every poisoned request is logged with its traceback, thousands of times here.
 logging.getLogger("octavo.engine").setLevel(logging.CRITICAL)
 
+COUNTED = (
+    *("prefix_cache_queries", "prefix_cache_hits", "prefix_misses_new", "prefix_misses_evicted"),
+    *("prefix_misses_tail", "num_evicted_blocks"),
+)
 ALPHABET = 3
 EOS = 0
-
-
-class OracleViolation(AssertionError):
-    """A read found something else than the reader's own history, or a write hit what it must not."""
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise OracleViolation(message)
 
 
 def digest(tokens: Sequence[int], salt: str) -> bytes:
@@ -170,7 +170,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.capacity = (num_blocks - 1) * block_size
         self.max_waiting, self.max_num_seqs = max_waiting, max_num_seqs
         self.runner = OracleRunner(block_size)
-        self.scheduler = Scheduler(
+        self.scheduler = WatchedScheduler(
             SchedulerConfig(max_num_seqs=max_num_seqs, max_num_waiting=max_waiting),
             CacheConfig(block_size=block_size, enable_prefix_caching=caching),
             num_blocks=num_blocks,
@@ -183,10 +183,14 @@ class EngineMachine(RuleBasedStateMachine):
         self.core = EngineCore(self.scheduler, self.runner)
         self.sent: dict[str, Submitted] = {}
         self.work = 0
+        self.reported = dict.fromkeys(COUNTED, 0)
 
     @rule(data=st.data())
     def add(self, data: st.DataObject) -> None:
-        prompt = data.draw(st.lists(st.integers(0, ALPHABET - 1), min_size=1, max_size=self.capacity), label="prompt")
+        prompts = st.lists(st.integers(0, ALPHABET - 1), min_size=1, max_size=self.capacity)
+        if self.sent:  # what was evicted is asked for again
+            prompts |= st.sampled_from([sent.request.prompt_token_ids for sent in self.sent.values()])
+        prompt = data.draw(prompts, label="prompt")
         max_tokens = data.draw(st.none() | st.integers(1, self.capacity), label="max_tokens")
         params = SamplingParams(
             n=data.draw(st.sampled_from([1, 1, 1, 2, 3]), label="n"),
@@ -215,8 +219,14 @@ class EngineMachine(RuleBasedStateMachine):
             had_rows = self.scheduler.has_work
             output = self.core.step()
             require(output.stats.num_scheduled_tokens > 0 or not had_rows, "a step with work did nothing")
+            self.count(output.stats)
             for token_output in output.outputs:
                 self.take(token_output)
+
+    def count(self, stats: StepStats) -> None:
+        for name in self.reported:
+            self.reported[name] += getattr(stats, name)
+        require(0 <= stats.num_waiting_deferred <= stats.num_waiting, "more are deferred than wait")
 
     @precondition(lambda self: getattr(self, "scheduler", None) and self.scheduler.requests)
     @rule(data=st.data(), whole=st.booleans())
@@ -264,6 +274,20 @@ class EngineMachine(RuleBasedStateMachine):
         require(scheduler.num_waiting == len(waiting) + len(held), "the count of waiting sequences is off")
         require(not any(request.status is RequestStatus.FINISHED for request in live), "a finished request lives on")
 
+    @invariant()
+    def counters_add_up(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        told, counters = self.reported, self.scheduler.counters
+        misses = told["prefix_misses_new"] + told["prefix_misses_evicted"] + told["prefix_misses_tail"]
+        require(
+            told["prefix_cache_queries"] == told["prefix_cache_hits"] + misses, "hits and misses are not all queries"
+        )
+        require(told["prefix_cache_queries"] == self.scheduler.num_queries, "the queries are not the prompts admitted")
+        for name in COUNTED[:-1]:
+            require(told[name] == getattr(counters, name), f"{name} is reported twice, or not at all")
+        require(told["num_evicted_blocks"] == self.scheduler.blocks.pool.num_evicted, "evictions are not all reported")
+
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
@@ -273,6 +297,7 @@ class EngineMachine(RuleBasedStateMachine):
                 break
             self.step()
             self.books_balance()
+            self.counters_add_up()
         require(not self.core.has_work, "requests are not served within the bound")
         self.core.idle()
         pool = self.scheduler.blocks.pool
@@ -449,6 +474,59 @@ def all_rows_are_blamed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(EngineCore, "_isolate", isolate)
 
 
+def readmissions_are_queries(patch: pytest.MonkeyPatch) -> None:
+    original = Scheduler._note_admission
+
+    def note_admission(self: Scheduler, request: Request, match: PrefixMatch) -> None:
+        num_preemptions, request.num_preemptions = request.num_preemptions, 0
+        original(self, request, match)
+        request.num_preemptions = num_preemptions
+
+    patch.setattr(Scheduler, "_note_admission", note_admission)
+
+
+def evictions_are_not_remembered(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(EvictedHashes, "add", lambda self, block_hash: None)
+
+
+def evictions_are_remembered_for_ever(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(EvictedHashes, "discard", lambda self, block_hash: None)
+
+
+def misses_forget_the_tail(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockManager, "_num_matchable", lambda self, num_tokens: num_tokens // self.block_size)
+
+
+def who_is_deferred_waits_for_capacity(patch: pytest.MonkeyPatch) -> None:
+    original = Scheduler._admit_waiting
+
+    def admit_waiting(self: Scheduler, budget: StepBudget) -> AdmissionStop:
+        stop = original(self, budget)
+        return AdmissionStop.CAPACITY if stop is AdmissionStop.BUDGET else stop
+
+    patch.setattr(Scheduler, "_admit_waiting", admit_waiting)
+
+
+def who_waits_for_capacity_is_deferred(patch: pytest.MonkeyPatch) -> None:
+    original = Scheduler._admit_waiting
+
+    def admit_waiting(self: Scheduler, budget: StepBudget) -> AdmissionStop:
+        stop = original(self, budget)
+        return AdmissionStop.BUDGET if stop is AdmissionStop.CAPACITY else stop
+
+    patch.setattr(Scheduler, "_admit_waiting", admit_waiting)
+
+
+def evictions_are_reported_twice(patch: pytest.MonkeyPatch) -> None:
+    original = EngineCore.stats
+
+    def stats(self: EngineCore, **fields: float) -> StepStats:
+        self._num_evicted_reported = 0
+        return original(self, **fields)
+
+    patch.setattr(EngineCore, "stats", stats)
+
+
 SEEDED_BUGS = [
     release_forgets_free_list,
     fork_forgets_references,
@@ -466,6 +544,13 @@ SEEDED_BUGS = [
     budget_is_ignored_by_admissions,
     lru_front_and_back_links,
     all_rows_are_blamed,
+    readmissions_are_queries,
+    evictions_are_not_remembered,
+    evictions_are_remembered_for_ever,
+    misses_forget_the_tail,
+    who_is_deferred_waits_for_capacity,
+    who_waits_for_capacity_is_deferred,
+    evictions_are_reported_twice,
 ]
 
 

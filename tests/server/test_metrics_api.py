@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
-from http_fakes import FIRST_TIMINGS, FakeEngineClient, chat, events, fails, make_app, metric, says, serving
+from http_fakes import FIRST_TIMINGS, READY, FakeEngineClient, chat, events, fails, make_app, metric, says, serving
+from octavo.server.engine.client import EngineState
 from octavo.server.engine.messages import StepStats
-from octavo.server.metrics import REJECTION_REASONS, Metrics, _Histogram, one_two_five
-from prometheus_client.parser import text_string_to_metric_families
+from octavo.server.histogram import Histogram, one_two_five
+from octavo.server.metric_catalog import REJECTION_REASONS
+from octavo.server.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -23,25 +28,6 @@ async def scrape(http: httpx.AsyncClient) -> str:
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/plain")
     return response.text
-
-
-async def test_every_documented_name_is_there(http: httpx.AsyncClient) -> None:
-    await http.post(CHAT, json=chat(max_tokens=5))
-    text = await scrape(http)
-    names = {family.name for family in text_string_to_metric_families(text)}
-    expected = """
-        num_requests_running num_requests_waiting num_requests_waiting_by_reason kv_cache_usage_perc cache_config_info
-        prefix_cache_queries prefix_cache_hits num_preemptions prompt_tokens prompt_tokens_by_source
-        prompt_tokens_cached generation_tokens request_success admission_rejections e2e_request_latency_seconds
-        request_queue_time_seconds request_inference_time_seconds request_prefill_time_seconds
-        request_decode_time_seconds time_to_first_token_seconds inter_token_latency_seconds
-        request_time_per_output_token_seconds request_prompt_tokens request_generation_tokens
-        request_max_num_generation_tokens request_params_max_tokens request_prefill_kv_computed_tokens
-        iteration_tokens_total request_params_n request_num_preemptions recomputed_tokens kv_blocks step_seconds
-        engine_restarts engine_last_message_age_seconds
-    """
-    assert {f"octavo:{name}" for name in expected.split()} <= names
-    assert {"http_requests", "http_request_duration_seconds"} <= names
 
 
 async def test_a_request_s_numbers(http: httpx.AsyncClient, engine: FakeEngineClient) -> None:
@@ -221,7 +207,7 @@ async def test_retry_after_follows_the_drain_rate(
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The time that the metrics see, in `now`."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr("octavo.server.metrics.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("octavo.server.drain.time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
@@ -274,11 +260,93 @@ def test_one_two_five() -> None:
 
 
 def test_histogram_buckets_are_cumulative_and_inclusive() -> None:
-    histogram = _Histogram("h", "d", ("a",), (1, 2))
-    cells = histogram.labels("x")
-    cells.observe(1)
-    cells.observe(1.5, 3)
-    cells.observe(math.inf)
-    (family,) = histogram.collect()
-    found = {sample.labels.get("le", sample.name): sample.value for sample in family.samples}
-    assert (found["1.0"], found["2.0"], found["+Inf"], found["h_count"]) == (1, 4, 5, 5)
+    histogram = Histogram((1, 2))
+    histogram.observe(1)
+    histogram.observe(1.5, 3)
+    histogram.observe(7)
+    assert list(histogram.cumulative()) == [(1, 1), (2, 4), (math.inf, 5)]
+    assert histogram.sum == 12.5
+
+
+async def test_a_step_s_statistics_are_counted_once_however_often_they_are_read(
+    http: httpx.AsyncClient, engine: FakeEngineClient
+) -> None:
+    step = StepStats(
+        num_scheduled_tokens=9,
+        prefix_cache_queries=100,
+        prefix_cache_hits=60,
+        prefix_misses_new=20,
+        prefix_misses_evicted=15,
+        prefix_misses_tail=5,
+        num_evicted_blocks=3,
+        num_preemptions=2,
+        num_recomputed_tokens=7,
+        schedule_seconds=0.5,
+        sample_seconds=0.125,
+        update_seconds=0.25,
+        emit_seconds=2.0,
+    )
+    for _ in range(2):
+        engine.stats_listeners[0](step)
+    engine.stats_listeners[0](StepStats(emit_seconds=1.0))  # a sign of life that brings the last step's remainder
+    for _ in range(2):
+        text = await scrape(http)
+        assert metric(text, "octavo:prefix_cache_queries_total") == 200
+        assert metric(text, "octavo:prefix_cache_hits_total") == 120
+        reasons = ("new", "evicted", "tail")
+        missed = [metric(text, "octavo:prefix_cache_misses_total", reason=reason) for reason in reasons]
+        assert missed == [40, 30, 10]
+        assert metric(text, "octavo:kv_blocks_evicted_total") == 6
+        assert metric(text, "octavo:num_preemptions_total") == 4
+        assert metric(text, "octavo:recomputed_tokens_total") == 14
+        assert metric(text, "octavo:engine_steps_total") == 2
+        assert metric(text, "octavo:iteration_tokens_total_sum") == 18
+        phases = ("schedule", "forward", "sample", "update", "emit")
+        seconds = [metric(text, "octavo:step_seconds_total", phase=phase) for phase in phases]
+        assert seconds == [1.0, 0, 0.25, 0.5, 5.0]
+
+
+async def test_the_waiting_are_shown_by_reason(http: httpx.AsyncClient, engine: FakeEngineClient) -> None:
+    engine.stats_listeners[0](StepStats(num_waiting=7, num_waiting_deferred=3))
+    text = await scrape(http)
+    assert metric(text, "octavo:num_requests_waiting") == 7
+    assert metric(text, "octavo:num_requests_waiting_by_reason", reason="capacity") == 4
+    assert metric(text, "octavo:num_requests_waiting_by_reason", reason="deferred") == 3
+
+
+def pid_of_no_process() -> int:
+    """The number of one that has ended and been waited for."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        return process.pid
+
+
+async def test_the_engine_s_memory_is_that_of_its_process(
+    http: httpx.AsyncClient, engine: FakeEngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "octavo:engine_resident_memory_bytes"
+    assert metric(await scrape(http), name) == 0
+    monkeypatch.setattr(FakeEngineClient, "engine_pid", os.getpid())
+    assert metric(await scrape(http), name) > 1 << 20
+    monkeypatch.setattr(FakeEngineClient, "engine_pid", pid_of_no_process())
+    assert metric(await scrape(http), name) == 0
+
+
+async def test_the_engine_is_up_and_has_a_size_only_while_it_serves(engine: FakeEngineClient) -> None:
+    engine._ready_at_start = False
+    async with serving(make_app(engine)) as http:
+
+        async def shown() -> list[float]:
+            text = await scrape(http)
+            names = ("engine_up", "kv_cache_bytes", "model_weights_bytes", "kv_cache_usage_perc")
+            return [metric(text, f"octavo:{name}") for name in names]
+
+        assert await shown() == [0, 0, 0, 0]
+        engine.handle(READY)
+        engine.stats_listeners[0](StepStats(num_blocks=10, num_free_blocks=5))
+        assert await shown() == [1, 1000, 1000, 0.5]
+        engine._engine_died("it restarts", EngineState.STARTING)
+        assert await shown() == [0, 0, 0, 0]
+        engine.handle(READY)
+        assert await shown() == [1, 1000, 1000, 0]  # nothing of the engine before it
+        engine.die("for good")
+        assert await shown() == [0, 0, 0, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import threading
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from octavo.scheduler.batch import BlockCopy, SampledRow, ScheduledBatch, StepRe
 from octavo.scheduler.config import CacheConfig, SchedulerConfig
 from octavo.scheduler.sampling_params import InvalidRequest, SamplingParams
 from octavo.scheduler.scheduler import Scheduler
+from octavo.server.engine import worker
 from octavo.server.engine.client import EngineState, EngineUnavailable
 from octavo.server.engine.core import EngineCore, EngineFailure
 from octavo.server.engine.inline import InlineClient
@@ -144,6 +146,29 @@ def test_counters_are_reported_once(core: EngineCore) -> None:
     assert core.idle().stats.num_generation_tokens == 0
 
 
+def test_the_time_of_a_step_s_emission_comes_with_the_next_message(core: EngineCore) -> None:
+    core.add(request("a"))
+    assert core.step().stats.emit_seconds == 0
+    core.note_emitted(0.25)
+    core.note_emitted(0.5)
+    assert core.step().stats.emit_seconds == 0.75
+    assert core.step().stats.emit_seconds == 0
+    core.note_emitted(1.0)
+    assert core.idle().stats.emit_seconds == 1.0
+
+
+def test_the_stats_say_who_waits_for_what_and_what_was_missed(core: EngineCore) -> None:
+    for index in range(3):
+        prompt = list(range(index, index + 40))
+        core.add(GenerateRequest(request_id=str(index), prompt_token_ids=prompt, params=SamplingParams(max_tokens=2)))
+    stats = core.step().stats  # a budget of 64 tokens
+    assert (stats.num_running, stats.num_waiting, stats.num_waiting_deferred) == (2, 1, 1)
+    assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (80, 0)
+    assert (stats.prefix_misses_new, stats.prefix_misses_evicted, stats.prefix_misses_tail) == (72, 0, 8)
+    stats = core.step().stats
+    assert (stats.num_waiting, stats.prefix_cache_queries) == (0, 40)
+
+
 def test_timings_come_in_order(core: EngineCore) -> None:
     core.add(request("a"))
     timings = run(core)["a"][-1].timings
@@ -178,6 +203,26 @@ def test_the_inline_client_streams_and_refuses(core: EngineCore) -> None:
     asyncio.run(scenario())
 
 
+def test_the_inline_client_s_listeners_hear_of_the_pool_at_once_and_of_the_end(core: EngineCore) -> None:
+    async def scenario() -> None:
+        client = InlineClient(core, READY)
+        heard: list[StepStats] = []
+        client.stats_listeners.append(heard.append)
+        await client.start()
+        assert [(stats.num_blocks, stats.num_free_blocks) for stats in heard] == [(256, 256)]
+        assert client.engine_pid == os.getpid()
+        stream = client.submit(request("a"))
+        while not stream.finished:
+            await stream.next()
+        assert sum(stats.num_generation_tokens for stats in heard) == 3
+        assert all(stats.emit_seconds == 0 for stats in heard)
+        await client.close()
+        assert heard[-1] == StepStats()
+        assert client.engine_pid is None
+
+    asyncio.run(scenario())
+
+
 def test_frames_survive_any_cut() -> None:
     messages = [encode_frame(StepOutput(outputs=[TokenOutput(request_id=str(i))], stats=StepStats())) for i in range(5)]
     data = b"".join(messages)
@@ -206,6 +251,26 @@ def test_the_worker_loop_serves_a_socket_until_shutdown(core: EngineCore) -> Non
                 tokens += output.token_ids
                 ended = output.finish_reason is not None
     assert tokens == [7, 7, 7]
+    ours.sendall(encode_frame(Shutdown()))
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_the_worker_reports_what_it_took_to_send_a_step(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "HEARTBEAT_S", 0.01)
+    ours, theirs = socket.socketpair()
+    thread = threading.Thread(target=serve, args=(core, Channel(theirs)))
+    thread.start()
+    ours.settimeout(30)
+    buffer, stats = FrameBuffer(), []
+    while not stats:  # the pool's size comes before anything is asked for
+        stats += [up_decoder.decode(payload).stats for payload in buffer.feed(ours.recv(65536))]  # type: ignore[union-attr]
+    assert (stats[0].num_blocks, stats[0].num_free_blocks, stats[0].num_running) == (256, 256, 0)
+    ours.sendall(encode_frame(request("a")))
+    while sum(item.emit_seconds > 0 for item in stats) < 3:  # the third with the first sign of life after it
+        stats += [up_decoder.decode(payload).stats for payload in buffer.feed(ours.recv(65536))]  # type: ignore[union-attr]
+    assert sum(item.num_generation_tokens for item in stats) == 3
+    assert stats[-1].num_scheduled_tokens == 0
     ours.sendall(encode_frame(Shutdown()))
     thread.join(30)
     assert not thread.is_alive()

@@ -111,6 +111,27 @@ def test_open_requests_end_and_another_engine_serves(client: Callable[..., Proce
     asyncio.run(scenario())
 
 
+def test_a_dead_engine_s_load_is_taken_back_and_its_process_forgotten(client: Callable[..., ProcessClient]) -> None:
+    busy = StepOutput(outputs=[TokenOutput(request_id="a", token_ids=[5])], stats=StepStats(num_running=1))
+
+    async def scenario() -> None:
+        subject = client(ready_then(encode_frame(busy)), max_restarts=0)
+        heard: list[StepStats] = []
+        subject.stats_listeners.append(heard.append)
+        assert subject.engine_pid is None
+        await subject.start()
+        await asyncio.wait_for(subject.wait_ready(), 30)
+        assert subject.engine_pid == 1
+        await last_output(subject)
+        assert await asyncio.wait_for(subject.wait_while(EngineState.STARTING), 30) is EngineState.DEAD
+        assert heard[0].num_running == 1
+        assert heard[-1] == StepStats()
+        assert subject.engine_pid is None
+        await subject.close()
+
+    asyncio.run(scenario())
+
+
 def test_an_engine_that_was_never_ready_is_not_replaced(client: Callable[..., ProcessClient]) -> None:
     async def scenario() -> None:
         subject = client(lambda theirs: theirs.sendall(encode_frame(EngineDead("no such file"))))
