@@ -7,9 +7,10 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint 
 # Installed first and exactly, so that no dependency pulls another build of it.
 TORCH  ?= torch==2.13.0
 GPU    := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
+SUDO   := $(if $(filter-out 0,$(shell id -u)),sudo)
 ARGS   ?=
 
-.PHONY: help install install-dev serve test lint types format check clean
+.PHONY: help install install-dev serve test lint types format monitoring-tools check-monitoring check clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -52,6 +53,14 @@ types: install-dev  ## mypy, strict, on the five rooms
 	@mkdir -p .typecheck/octavo
 	@for room in block_manager kernels model scheduler server; do ln -sfn ../../$$room .typecheck/octavo/$$room; done
 	$(BIN)/mypy -p octavo.block_manager -p octavo.kernels -p octavo.model -p octavo.scheduler -p octavo.server
+
+monitoring-tools:  ## Install promtool and prometheus (Debian's, Ubuntu's) if they are missing
+	@command -v promtool >/dev/null && command -v prometheus >/dev/null || \
+		{ $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends prometheus; }
+
+check-monitoring:  ## promtool: Prometheus' configuration, the alerts and their tests
+	cd docker/prometheus && promtool check config prometheus.yml && promtool test rules alerts_test.yml
+	$(PYTHON) docker/grafana/make_dashboards.py --check
 
 check: lint types test  ## Everything that CI runs
 
