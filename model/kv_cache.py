@@ -14,6 +14,7 @@ import math
 import numpy as np
 import torch
 
+from .kv_layout import kv_layout
 from .spec import ModelSpec
 
 _ALIGNMENT_BYTES = 64
@@ -21,7 +22,7 @@ _ALIGNMENT_BYTES = 64
 
 def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
     """K and V of `block_size` tokens, all layers."""
-    return 2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * block_size * dtype.itemsize
+    return kv_layout(spec).block_bytes(block_size, dtype.itemsize)
 
 
 def allocate_pool(

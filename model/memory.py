@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
 
-from .kv_cache import bytes_per_block
+from ..kernels.backend import KernelBackend
+from .kv_layout import KvLayout, kv_layout
+from .layers import attention_spec
 from .spec import ModelError, ModelSpec
 
 _CPU_FRACTION = 0.5
 """Share of the memory that is free when the pool is sized; the rest serves activations and everything else."""
 _CUDA_FRACTION = 0.92
 _MIN_USABLE_BLOCKS = 4
+DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Token budget of one step where the user gives none, by kind of device."""
 _GIB = 2**30
 _OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
@@ -49,28 +54,77 @@ class CacheRequest:
     """What attention allocates in one step whose longest sequence has so many tokens; the backend knows."""
 
 
+@dataclass(frozen=True, slots=True)
+class FreeMemory:
+    """What a device has to give; its kind decides which share of it the pool may take."""
+
+    device_type: Literal["cpu", "cuda"]
+    free_bytes: int
+    total_bytes: int
+    """Of the whole device."""
+
+    def less(self, num_bytes: int) -> FreeMemory:
+        """What is free once so many bytes more are taken."""
+        return replace(self, free_bytes=max(0, self.free_bytes - num_bytes))
+
+
+def cache_request(
+    spec: ModelSpec,
+    backend: KernelBackend,
+    *,
+    block_size: int,
+    kv_cache_memory: int | None,
+    max_num_seqs: int,
+    max_model_len: int | None,
+    max_num_batched_tokens: int,
+) -> CacheRequest:
+    """The request of a model that runs on `backend`."""
+    attention = attention_spec(spec)
+    return CacheRequest(
+        block_size=block_size,
+        dtype=backend.dtype,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_cache_memory=kv_cache_memory,
+        max_model_len=max_model_len,
+        attention_bytes=lambda num_tokens: backend.attention_workspace_bytes(
+            attention, block_size, max_num_batched_tokens, num_tokens
+        ),
+    )
+
+
 def plan_cache(spec: ModelSpec, request: CacheRequest, device: torch.device) -> CachePlan:
-    """Size the pool. Raises ModelError when not even a few blocks fit, when more is asked for than is free, or for a
-    context the model does not have."""
+    """Size the pool by what is free on `device` now, the weights being loaded already. See `fit_cache`."""
+    return fit_cache(spec, kv_layout(spec), request, free_memory(device))
+
+
+def fit_cache(spec: ModelSpec, layout: KvLayout, request: CacheRequest, free: FreeMemory) -> CachePlan:
+    """Size the pool in memory of which the weights are taken already. Depends on its arguments only.
+
+    Raises ModelError when not even a few blocks fit, when more is asked for than is free, or for a context the model
+    does not have.
+    """
     trained_len = spec.max_position_embeddings
     wanted_len = request.max_model_len if request.max_model_len is not None else trained_len
     if wanted_len < 1:
         raise ModelError(f"max_model_len must be at least 1, not {wanted_len}")
     if wanted_len > trained_len:
         raise ModelError(f"max_model_len {wanted_len} exceeds the {trained_len} positions that the model knows")
-    block_bytes = bytes_per_block(spec, request.block_size, request.dtype)
-    blocks_per_seq = -(-wanted_len // request.block_size)
+    block_size, itemsize = request.block_size, request.dtype.itemsize
+    block_bytes = layout.block_bytes(block_size, itemsize)
     if request.kv_cache_memory is not None:
         budget = request.kv_cache_memory
         num_blocks = budget // block_bytes
-        _check_free(num_blocks * block_bytes, device)
+        _check_free(num_blocks * block_bytes, free)
     else:
-        budget = _free_budget(spec, request, wanted_len, device)
-        num_blocks = min(budget // block_bytes, request.max_num_seqs * blocks_per_seq + 1)
-    needed = min(_MIN_USABLE_BLOCKS, blocks_per_seq) + 1
+        budget = _free_budget(spec, layout, request, wanted_len, free)
+        most = request.max_num_seqs * layout.sequence_bytes(wanted_len, block_size, itemsize)
+        num_blocks = min(budget // block_bytes, -(-most // block_bytes) + 1)
+    needed = min(_MIN_USABLE_BLOCKS, -(-wanted_len // block_size)) + 1
     if num_blocks < needed:
         raise ModelError(_too_small(request, budget, needed * block_bytes))
-    max_model_len = min(wanted_len, (num_blocks - 1) * request.block_size)
+    # Block 0 is nobody's.
+    max_model_len = layout.longest_sequence((num_blocks - 1) * block_bytes, block_size, itemsize, wanted_len)
     notes: tuple[str, ...] = ()
     if max_model_len < wanted_len:
         notes = (
@@ -91,25 +145,23 @@ def _too_small(request: CacheRequest, budget: int, needed: int) -> str:
     )
 
 
-def _check_free(num_bytes: int, device: torch.device) -> None:
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_cpu_bytes()
-    if num_bytes > free:
+def _check_free(num_bytes: int, free: FreeMemory) -> None:
+    if num_bytes > free.free_bytes:
         raise ModelError(
-            f"kv-cache-memory of {num_bytes / _GIB:.2f} GiB exceeds the {free / _GIB:.2f} GiB of memory that are free; "
-            "give less, or leave it out to have it fitted"
+            f"kv-cache-memory of {num_bytes / _GIB:.2f} GiB exceeds the {free.free_bytes / _GIB:.2f} GiB of memory "
+            "that are free; give less, or leave it out to have it fitted"
         )
 
 
-def _free_budget(spec: ModelSpec, request: CacheRequest, wanted_len: int, device: torch.device) -> int:
-    """Bytes that the pool may take of what is free now, the weights being loaded already."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+def _free_budget(spec: ModelSpec, layout: KvLayout, request: CacheRequest, wanted_len: int, free: FreeMemory) -> int:
+    """Bytes that the pool may take of what is free."""
+    if free.device_type == "cuda":
         # What other processes hold is gone already; the fraction leaves room for fragmentation and libraries.
-        share = max(0, int(free - (1 - _CUDA_FRACTION) * total))
+        share = max(0, int(free.free_bytes - (1 - _CUDA_FRACTION) * free.total_bytes))
     else:
-        share = int(available_cpu_bytes() * _CPU_FRACTION)
+        share = int(free.free_bytes * _CPU_FRACTION)
     # No sequence grows longer than a pool of all this memory.
-    longest = min(wanted_len, share // bytes_per_block(spec, 1, request.dtype))
+    longest = layout.longest_sequence(share, 1, request.dtype.itemsize, wanted_len)
     return max(0, share - activation_bytes(spec, request, longest))
 
 
@@ -136,6 +188,14 @@ def is_out_of_memory(error: Exception) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(sign in text for sign in _OUT_OF_MEMORY_SIGNS)
+
+
+def free_memory(device: torch.device) -> FreeMemory:
+    """What this machine has to give now."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return FreeMemory("cuda", free, total)
+    return FreeMemory("cpu", available_cpu_bytes(), psutil.virtual_memory().total)
 
 
 def available_cpu_bytes() -> int:

@@ -15,15 +15,13 @@ from .config import ModelConfig
 from .device import resolve_device, resolve_dtype
 from .forward_batch import ForwardBatch, build_forward_batch
 from .kv_cache import allocate_pool
-from .layers import attention_spec
 from .loader import check_weights, load_model
-from .memory import CachePlan, CacheRequest, is_out_of_memory, plan_cache
+from .memory import DEFAULT_BATCHED_TOKENS, CachePlan, cache_request, is_out_of_memory, plan_cache
 from .sampler import Sampler
 from .spec import ModelError
 from .weights.open import open_weights
 from .weights.source import WeightSource
 
-_DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
 _SMALLER_WEIGHTS = "free some memory, or choose a smaller model, dtype bfloat16 or another device"
 
 
@@ -87,7 +85,7 @@ class ModelRunner:
 
     @property
     def default_max_num_batched_tokens(self) -> int:
-        return _DEFAULT_BATCHED_TOKENS[self._device.type]
+        return DEFAULT_BATCHED_TOKENS[self._device.type]
 
     def allocate_cache(
         self,
@@ -99,16 +97,14 @@ class ModelRunner:
     ) -> CachePlan:
         """Size and allocate the pool, once, before the first batch. Raises ModelError if too little memory is left."""
         started = time.perf_counter()
-        request = CacheRequest(
+        request = cache_request(
+            self.spec,
+            self.backend,
             block_size=self.block_size,
-            dtype=self.backend.dtype,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_memory=kv_cache_memory,
+            max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
-            attention_bytes=lambda num_tokens: self.backend.attention_workspace_bytes(
-                attention_spec(self.spec), self.block_size, max_num_batched_tokens, num_tokens
-            ),
+            max_num_batched_tokens=max_num_batched_tokens,
         )
         plan = plan_cache(self.spec, request, self._device)
         what = f"the KV cache ({plan.kv_cache_bytes / 2**30:.2f} GiB)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
+from ..model.sizes import size_text
 from ..model.weights.resolve import ModelFiles
 from .config import ServerConfig
 from .engine.messages import EngineReady
@@ -16,17 +17,11 @@ def banner(config: ServerConfig, files: ModelFiles, ready: EngineReady, address:
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     name = config.served_model_names[0]
     phases = " · ".join(f"{phase} {value:.2f}" for phase, value in ready.phases.items())
-    cache = "on" if ready.prefix_caching else "off"
     lines = [
         "",
         f"Octavo {version('octavo')} serves {name}",
         f"  model    {files.path}",
-        f"           {ready.architecture}, {ready.dtype} on {ready.device}, {ready.backend} backend, "
-        f"weights {_size(ready.weight_bytes)}",
-        f"  K/V pool {_size(ready.kv_cache_bytes)}: {ready.num_blocks} blocks of {ready.block_size} tokens, "
-        f"prefix cache {cache}",
-        f"  limits   {ready.max_model_len} tokens per sequence, {ready.max_num_seqs} sequences at once, "
-        f"{ready.max_num_batched_tokens} tokens per step",
+        *capacity_lines(ready),
         *(f"  note     {note}" for note in ready.notes),
         f"  ready    {seconds:.2f} s after the start (engine: {phases})",
         "",
@@ -39,12 +34,21 @@ def banner(config: ServerConfig, files: ModelFiles, ready: EngineReady, address:
     return "\n".join(lines)
 
 
+def capacity_lines(ready: EngineReady) -> list[str]:
+    """Weights, pool and limits; `octavo plan` says them in the same words before an engine is started."""
+    cache = "on" if ready.prefix_caching else "off"
+    return [
+        f"           {ready.architecture}, {ready.dtype} on {ready.device}, {ready.backend} backend, "
+        f"weights {size_text(ready.weight_bytes)}",
+        f"  K/V pool {size_text(ready.kv_cache_bytes)}: {ready.num_blocks} blocks of {ready.block_size} tokens, "
+        f"prefix cache {cache}",
+        f"  limits   {ready.max_model_len} tokens per sequence, {ready.max_num_seqs} sequences at once, "
+        f"{ready.max_num_batched_tokens} tokens per step",
+    ]
+
+
 def _curl(url: str, name: str, needs_key: bool) -> list[str]:
     message = '{"role": "user", "content": "Why is the sky blue?"}'
     body = f'{{"model": "{name}", "stream": true, "temperature": 0.3, "messages": [{message}]}}'
     key = ['    -H "Authorization: Bearer $OCTAVO_API_KEY" \\'] if needs_key else []
     return [f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\", *key, f"    -d '{body}'"]
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

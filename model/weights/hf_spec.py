@@ -61,8 +61,9 @@ class _Config:
         return names[0][:80]
 
 
-def read_hf_spec(directory: Path, tensor_names: Collection[str]) -> ModelSpec:
-    """The model's shape. `tensor_names` settles what configs leave out: biases, and whether the head is tied.
+def read_hf_spec(directory: Path, tensor_names: Collection[str] | None) -> ModelSpec:
+    """The model's shape. `tensor_names` settles what configs leave out: biases, and whether the head is tied. None,
+    where there are no tensors to look at: as transformers' defaults for a Llama have it.
 
     Raises ModelError where the config lacks something or asks for what is not implemented.
     """
@@ -87,8 +88,8 @@ def read_hf_spec(directory: Path, tensor_names: Collection[str]) -> ModelSpec:
         rope=_read_rope(config, head_dim),
         max_position_embeddings=_max_positions(config),
         tie_word_embeddings=_is_tied(config, tensor_names),
-        attention_bias=config.flag("attention_bias") or "model.layers.0.self_attn.q_proj.bias" in tensor_names,
-        mlp_bias=config.flag("mlp_bias") or "model.layers.0.mlp.up_proj.bias" in tensor_names,
+        attention_bias=config.flag("attention_bias") or "model.layers.0.self_attn.q_proj.bias" in (tensor_names or ()),
+        mlp_bias=config.flag("mlp_bias") or "model.layers.0.mlp.up_proj.bias" in (tensor_names or ()),
         eos_token_ids=read_eos_ids(directory, config.values),
         bos_token_id=_first_id(config.values.get("bos_token_id")),
     )
@@ -120,9 +121,9 @@ def _refuse_unsupported(config: _Config) -> None:
         config.fail(f"hidden_act {str(activation)[:40]!r} is not supported (silu is)")
 
 
-def _is_tied(config: _Config, tensor_names: Collection[str]) -> bool:
-    if config.flag("tie_word_embeddings"):
-        return True
+def _is_tied(config: _Config, tensor_names: Collection[str] | None) -> bool:
+    if config.flag("tie_word_embeddings") or tensor_names is None:
+        return config.flag("tie_word_embeddings")
     has_head = "lm_head.weight" in tensor_names
     if not has_head and config.values.get("tie_word_embeddings") is False:
         config.fail("tie_word_embeddings is false, but there is no lm_head.weight", "download the whole model again")

@@ -17,9 +17,9 @@ DEFAULT_NAME = "SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?(?::(?P<file>[^:@\\]+\.gguf))?"
 )
-_HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
+HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
 # Second copies of the same weights in other layouts, which some repositories carry.
-_HUB_IGNORED = ["original/*", "consolidated*", "onnx/*", "*/*"]
+HUB_IGNORED = ["original/*", "consolidated*", "onnx/*", "*/*"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,21 @@ class ModelFiles:
     """For people: the hub id, or the file's or directory's name."""
 
 
+@dataclass(frozen=True, slots=True)
+class HubName:
+    """What a user called a model of the Hugging Face hub."""
+
+    repo: str
+    revision: str | None
+    file: str | None
+    """The .gguf file; None: config.json and safetensors."""
+
+    @property
+    def label(self) -> str:
+        revision = "" if self.revision is None else f"@{self.revision}"
+        return f"{self.repo}{revision}:{self.file}" if self.file else f"{self.repo}{revision}"
+
+
 def resolve_model(name: str | None) -> ModelFiles:
     """Find (or fetch from the Hugging Face hub) the model a user named.
 
@@ -40,6 +55,14 @@ def resolve_model(name: str | None) -> ModelFiles:
     exactly one .gguf; a hub id `org/name[@revision]`; or one file of the hub, `org/name[@revision]:file.gguf`.
     Raises ModelError with one line that says what is wrong and how to mend it.
     """
+    found = locate_model(name)
+    if isinstance(found, ModelFiles):
+        return found
+    return _hub_file(found, found.file) if found.file else _hub_snapshot(found)
+
+
+def locate_model(name: str | None) -> ModelFiles | HubName:
+    """The same without fetching anything: the files, or what the hub calls them."""
     if name is None:
         return _default_model()
     if not name.strip() or "\0" in name:
@@ -56,9 +79,7 @@ def resolve_model(name: str | None) -> ModelFiles:
     match = _HUB_ID.fullmatch(name)
     if match is None or _looks_like_path(name):
         raise ModelError(f"no such file or directory: {name}; give an existing path, or a hub id such as org/name")
-    if match["file"]:
-        return _hub_file(match["repo"], match["revision"], match["file"])
-    return _hub_snapshot(match["repo"], match["revision"])
+    return HubName(match["repo"], match["revision"], match["file"])
 
 
 def _default_model() -> ModelFiles:
@@ -115,35 +136,34 @@ def _looks_like_path(name: str) -> bool:
     return os.path.isdir(name.split("/", 1)[0])
 
 
-def _hub_snapshot(repo: str, revision: str | None) -> ModelFiles:
-    label = repo if revision is None else f"{repo}@{revision}"
+def _hub_snapshot(hub: HubName) -> ModelFiles:
     try:
         from huggingface_hub import snapshot_download
 
         folder = Path(
-            snapshot_download(repo, revision=revision, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED)
+            snapshot_download(hub.repo, revision=hub.revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED)
         )
     except Exception as error:
-        raise _hub_error(label, error) from error
+        raise hub_error(hub.label, error) from error
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise ModelError(
-            f"{label} has no config.json with safetensors; for a GGUF file of a repository write {repo}:file.gguf"
+            f"{hub.label} has no config.json with safetensors; for a GGUF file of a repository write "
+            f"{hub.repo}:file.gguf"
         )
-    return ModelFiles(path=folder, kind="hf", name=label)
+    return ModelFiles(path=folder, kind="hf", name=hub.label)
 
 
-def _hub_file(repo: str, revision: str | None, file: str) -> ModelFiles:
-    label = f"{repo}:{file}" if revision is None else f"{repo}@{revision}:{file}"
+def _hub_file(hub: HubName, file: str) -> ModelFiles:
     try:
         from huggingface_hub import hf_hub_download
 
-        path = Path(hf_hub_download(repo, file, revision=revision))
+        path = Path(hf_hub_download(hub.repo, file, revision=hub.revision))
     except Exception as error:
-        raise _hub_error(label, error) from error
-    return ModelFiles(path=path, kind="gguf", name=label)
+        raise hub_error(hub.label, error) from error
+    return ModelFiles(path=path, kind="gguf", name=hub.label)
 
 
-def _hub_error(label: str, error: Exception) -> ModelError:
+def hub_error(label: str, error: Exception) -> ModelError:
     """One line for each way in which the hub fails; the library's own texts span paragraphs."""
     try:
         from huggingface_hub import errors

@@ -15,7 +15,7 @@ from .layout import check_shapes, check_spec
 from .safetensors_file import SafetensorsEntry, SafetensorsFile
 from .stored import MappedWeight, map_bytes
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 
 class SafetensorsSource:
@@ -26,7 +26,7 @@ class SafetensorsSource:
         self._files: list[SafetensorsFile] = []
         self._entries: dict[str, tuple[SafetensorsEntry, int]] = {}
         try:
-            for path in _weight_files(directory):
+            for path in weight_files(directory):
                 self._add(path)
             self.spec = read_hf_spec(directory, self._entries)
             check_spec(self.spec, directory)
@@ -71,14 +71,14 @@ class SafetensorsSource:
             if name in self._entries:
                 raise ModelError(
                     f"{self._directory.name}: tensor {name[:100]!r} is in more than one file; "
-                    f"remove the files that do not belong to the model, or restore {_INDEX}"
+                    f"remove the files that do not belong to the model, or restore {INDEX}"
                 )
             self._entries[name] = (entry, len(self._files) - 1)
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
     """The files that make up the model: what the index lists, else model.safetensors, else all there are."""
-    if (directory / _INDEX).is_file():
+    if (directory / INDEX).is_file():
         return _indexed_files(directory)
     single = directory / "model.safetensors"
     # consolidated*: the same weights again in their maker's own layout; adapter*: a LoRA.
@@ -90,15 +90,15 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _indexed_files(directory: Path) -> list[Path]:
-    weight_map = read_json_object(directory / _INDEX).get("weight_map")
+    weight_map = read_json_object(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{_INDEX} has no weight_map; download it again")
+        raise ModelError(f"{INDEX} has no weight_map; download it again")
     names: set[str] = set()
     for name in weight_map.values():
         # A plain name, so that an index cannot point outside its directory.
         if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
             raise ModelError(
-                f"{_INDEX} names {str(name)[:100]!r}, which is no file of this directory; download it again"
+                f"{INDEX} names {str(name)[:100]!r}, which is no file of this directory; download it again"
             )
         names.add(name)
     return [directory / name for name in sorted(names)]

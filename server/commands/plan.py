@@ -1,0 +1,155 @@
+"""`octavo plan`: what a model needs and what fits, from its header alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..options import ENV_PREFIX, OPTIONS, OptionError, parse_size, resolve_options
+
+if TYPE_CHECKING:
+    from ...model.plan import PlanRequest
+    from . import Subcommands
+
+_SERVER_OPTIONS = (
+    "device",
+    "dtype",
+    "block_size",
+    "kv_cache_memory",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "kernel_backend",
+)
+"""Those of `octavo serve` that the numbers depend on: the same flags, environment variables and config file."""
+_BY_NAME = {option.name: option for option in OPTIONS}
+_BROKEN_PIPE = 141
+
+
+def add_parser(commands: Subcommands) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="what a model needs in memory, and what fits, before anything is loaded",
+        description="Weights, K/V cache, contexts and concurrency of a model, from its config.json or GGUF header "
+        "alone: no weight is read or downloaded. The numbers are those that `octavo serve` prints at its start.",
+    )
+    parser.add_argument(
+        "model_positional",
+        nargs="?",
+        metavar="MODEL",
+        help="whatever `octavo serve` takes, or a config.json without weights; default: the default model "
+        f"[{ENV_PREFIX}MODEL]",
+    )
+    own = parser.add_argument_group("questions")
+    own.add_argument(
+        "--memory", metavar="SIZE", help="memory free before the start, such as 24GiB; default: this machine's"
+    )
+    own.add_argument("--context", metavar="TOKENS", help="how many sequences of this length fit at once?")
+    own.add_argument("--concurrency", metavar="N", help="how long may so many sequences be at once? (default: 1)")
+    own.add_argument("--json", action="store_true", help="print everything as JSON")
+    server = parser.add_argument_group("settings of the server that is planned")
+    for name in _SERVER_OPTIONS:
+        option = _BY_NAME[name]
+        shown = "" if option.default is None else f" (default: {option.default})"
+        text = f"{option.help}{shown} [{option.env}]".replace("%", "%%")
+        server.add_argument(option.flag, metavar=option.metavar, default=argparse.SUPPRESS, help=text)
+    server.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS, help=f"YAML file of these settings [{ENV_PREFIX}CONFIG]"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    given = {name: value for name, value in vars(arguments).items() if name in (*_SERVER_OPTIONS, "config")}
+    if arguments.model_positional is not None:
+        given["model"] = arguments.model_positional
+    memory = _parsed("--memory", arguments.memory, parse_size)
+    context = _parsed("--context", arguments.context, _BY_NAME["max_model_len"].parse)
+    concurrency = _parsed("--concurrency", arguments.concurrency, _BY_NAME["max_num_seqs"].parse)
+    values = resolve_options(given)
+    # The question is the setting where no setting is given beside it.
+    if context is not None and "max_model_len" not in given:
+        values["max_model_len"] = context
+    if concurrency is not None and "max_num_seqs" not in given:
+        values["max_num_seqs"] = concurrency
+    _refuse_contradictions(values, context, concurrency)
+    try:
+        return _plan(values, memory, context, concurrency, as_json=arguments.json)
+    except BrokenPipeError:
+        # The reader has left. Python flushes standard output once more at its end, which must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+
+
+def _parsed(flag: str, text: str | None, parse: Any) -> Any:
+    try:
+        return None if text is None else parse(text)
+    except ValueError as error:
+        raise OptionError(f"{flag}: {error} (given: {text[:80]!r})") from None  # type: ignore[index]
+
+
+def _refuse_contradictions(values: Mapping[str, Any], context: int | None, concurrency: int | None) -> None:
+    if context is not None and context > values["max_model_len"]:
+        raise OptionError(
+            f"--context {context} is longer than --max-model-len {values['max_model_len']}; give one of them"
+        )
+    if concurrency is not None and concurrency > values["max_num_seqs"]:
+        raise OptionError(
+            f"--concurrency {concurrency} is more than --max-num-seqs {values['max_num_seqs']}; give one of them"
+        )
+
+
+def _plan(
+    values: Mapping[str, Any], memory: int | None, context: int | None, concurrency: int | None, *, as_json: bool
+) -> int:
+    from ...model.header import read_header
+    from ...model.plan import plan_model
+    from ..plan_report import print_json, print_report
+
+    request, notes = plan_request(values, memory, context, concurrency)
+    plan = plan_model(read_header(values["model"]), request)
+    show = print_json if as_json else print_report
+    show(plan, values, notes)
+    sys.stdout.flush()
+    return 0
+
+
+def plan_request(
+    values: Mapping[str, Any], memory: int | None, context: int | None, concurrency: int | None
+) -> tuple[PlanRequest, tuple[str, ...]]:
+    """The request, and what a user should know of how it came about. Raises OptionError."""
+    import torch
+
+    from ...model.device import resolve_device, resolve_dtype
+    from ...model.memory import DEFAULT_BATCHED_TOKENS, FreeMemory, free_memory
+    from ...model.plan import PlanRequest
+
+    notes: tuple[str, ...] = ()
+    absent = values["device"] == "cuda" and not torch.cuda.is_available()
+    if absent and memory is None:
+        raise OptionError("--device cuda: this machine has none to look at; give its memory, such as --memory 24GiB")
+    device = torch.device("cuda") if absent else resolve_device(values["device"])
+    if absent and values["dtype"] == "auto":
+        dtype = torch.bfloat16
+        notes = ("dtype auto is taken for bfloat16, as on CUDA devices from compute capability 8.0 on",)
+    else:
+        dtype = resolve_dtype(values["dtype"], device)
+    kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+    free = free_memory(device) if memory is None else FreeMemory(kind, memory, memory)
+    request = PlanRequest(
+        device=device,
+        free=free,
+        dtype=dtype,
+        kernel_backend=values["kernel_backend"],
+        block_size=values["block_size"],
+        max_num_seqs=values["max_num_seqs"],
+        max_num_batched_tokens=values["max_num_batched_tokens"] or DEFAULT_BATCHED_TOKENS[kind],
+        max_model_len=values["max_model_len"],
+        kv_cache_memory=values["kv_cache_memory"],
+        context=context,
+        concurrency=concurrency,
+    )
+    return request, notes

@@ -1,0 +1,1 @@
+"""`octavo chat`: a client like any other, which knows the server by HTTP only."""
