@@ -14,6 +14,7 @@ from .kv_layout import KvLayout, kv_layout
 from .loader import check_weights
 from .registry import model_family
 from .spec import ModelError, ModelSpec
+from .text import printable
 from .weights.gguf_families import GGUF_FAMILIES
 from .weights.gguf_outline import open_gguf_outline
 from .weights.gguf_source import open_gguf
@@ -161,7 +162,7 @@ def _unserved(outline: Outline, refusal: str, *, name: str, read: str, num_bytes
         kv_layout=outline.kv_layout,
         num_parameters=outline.num_parameters,
         stored_bytes=num_bytes,
-        refusal=f"{refused}: {refusal}",
+        refusal=printable(f"{refused}: {refusal}"),
         notes=outline.notes,
     )
 
@@ -183,8 +184,11 @@ def _completed_config(directory: Path) -> dict[str, Any]:
     raw = read_json_object(directory / "config.json")
     config = _transformers_config(directory)
     if config is not None:
-        settings: dict[str, Any] = config.get_text_config().to_dict()
-        return settings
+        text_config = config.get_text_config()
+        settings: dict[str, Any] = text_config.to_dict()
+        # Some architectures name a setting otherwise (GPT-2 has n_layer), and transformers maps the common name to it.
+        common = {name: settings[own] for name, own in text_config.attribute_map.items() if own in settings}
+        return {**common, **settings}
     text = raw.get("text_config")
     return {**raw, **text} if isinstance(text, dict) else raw
 

@@ -109,8 +109,19 @@ class ModelPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the asked concurrency fits at the asked context."""
-        return self.chosen.most_sequences.value >= self.concurrency
+        """Whether the server, as it is planned, holds the asked concurrency at the asked context."""
+        return self.holds(self.concurrency, self.context)
+
+    def holds(self, num_seqs: int, context: int) -> bool:
+        """Whether the planned pool holds so many sequences of that length at once. A pool that is sized for more
+        sequences, or longer ones, may be smaller: `most_sequences` and `longest_context` are not about this one."""
+        layout, block_size, itemsize = self.header.kv_layout, self.request.block_size, self.request.dtype.itemsize
+        usable = self.cache.kv_cache_bytes - layout.block_bytes(block_size, itemsize)  # block 0 is nobody's
+        return (
+            num_seqs <= self.num_running
+            and context <= self.cache.max_model_len
+            and num_seqs * layout.sequence_bytes(context, block_size, itemsize) <= usable
+        )
 
     @property
     def cache(self) -> CachePlan:
@@ -209,11 +220,16 @@ class _Planner:
     def longest_context(self, concurrency: int) -> Limit:
         """The largest T such that `--max-num-seqs concurrency --max-model-len T` holds so many sequences of T tokens
         at once."""
+        if concurrency > self._request.max_num_batched_tokens:
+            return Limit(0, "max-num-batched-tokens")
         trained_len = self._header.spec.max_position_embeddings
         longest = _largest(trained_len, lambda length: self._holds(concurrency, length))
         return Limit(longest, "memory" if longest < trained_len else "model")
 
     def _holds(self, num_seqs: int, context: int) -> bool:
+        """What `ModelPlan.holds` says with these two settings."""
+        if num_seqs > self._request.max_num_batched_tokens:
+            return False  # no more run at once
         try:
             cache = self._fit(num_seqs, context)
         except ModelError:

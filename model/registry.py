@@ -10,6 +10,7 @@ import torch
 from ..kernels.backend import AttentionInputs, KernelBackend
 from .llama import LlamaForCausalLM
 from .spec import ModelError, ModelSpec
+from .text import one_line
 from .weights.source import WeightSource
 
 
@@ -56,5 +57,6 @@ def model_family(architecture: str) -> ModelFamily:
     family = _FAMILIES.get(architecture)
     if family is None:
         known = ", ".join(sorted(_FAMILIES))
-        raise ModelError(f"the model's architecture {architecture or '(none)'} is not supported; known: {known}")
+        name = one_line(architecture, 80) or "(none)"
+        raise ModelError(f"the model's architecture {name} is not supported; known: {known}")
     return family

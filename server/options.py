@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,13 +194,28 @@ OPTIONS: tuple[Option, ...] = (
 _GROUP_TITLES = {"model": "model", "cache": "K/V cache", "scheduler": "scheduler", "server": "server"}
 
 
+_BY_NAME = {option.name: option for option in OPTIONS}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Every option as a flag, with its default and environment variable in the help."""
-    groups = {name: parser.add_argument_group(title) for name, title in _GROUP_TITLES.items()}
-    for option in OPTIONS:
+    """Every option as a flag, and the config file's."""
+    for group, title in _GROUP_TITLES.items():
+        names = [option.name for option in OPTIONS if option.group == group]
+        add_group(parser, title, [*names, "config"] if group == "server" else names)
+
+
+def add_group(parser: argparse.ArgumentParser, title: str, names: Iterable[str]) -> None:
+    """These options as flags, with their defaults and environment variables in the help; "config" is the file's.
+    A flag that is not given leaves nothing behind, so that `given` can tell."""
+    group = parser.add_argument_group(title)
+    for name in names:
+        if name == "config":
+            text = f"YAML file of these settings [{ENV_PREFIX}CONFIG]"
+            group.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=text)
+            continue
+        option = _BY_NAME[name]
         shown = "" if option.default in (None, ()) else f" (default: {option.default})"
         text = f"{option.help}{shown} [{option.env}]".replace("%", "%%")
-        group = groups[option.group]
         if option.parse is parse_bool:
             group.add_argument(option.flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
@@ -211,9 +226,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 default=argparse.SUPPRESS,
                 help=text,
             )
-    groups["server"].add_argument(
-        "--config", metavar="FILE", default=argparse.SUPPRESS, help=f"YAML file of these settings [{ENV_PREFIX}CONFIG]"
-    )
+
+
+def given(arguments: argparse.Namespace, names: Collection[str]) -> dict[str, Any]:
+    """What the command line says of these options, for `resolve_options`."""
+    return {name: value for name, value in vars(arguments).items() if name in names}
 
 
 def resolve_options(arguments: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> dict[str, Any]:

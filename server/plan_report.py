@@ -49,13 +49,17 @@ def expected_ready(plan: ModelPlan, values: Mapping[str, Any]) -> EngineReady:
     )
 
 
-def serve_command(plan: ModelPlan, model: str | None) -> list[str]:
+def serve_command(plan: ModelPlan, values: Mapping[str, Any]) -> list[str]:
     """`octavo serve` with the settings that make it so, those at their defaults left out where that is safe."""
-    request = plan.request
+    request, model = plan.request, values["model"]
     command = ["octavo", "serve"]
     if model is not None:
         command.append(str(Path(model).parent) if Path(model).name == "config.json" else model)
     command += ["--device", request.device.type, "--dtype", plan.chosen.name]
+    if request.kernel_backend != _DEFAULTS["kernel_backend"]:
+        command += ["--kernel-backend", request.kernel_backend]
+    if values["enable_prefix_caching"] != _DEFAULTS["enable_prefix_caching"]:
+        command.append("--enable-prefix-caching" if values["enable_prefix_caching"] else "--no-enable-prefix-caching")
     if request.block_size != _DEFAULTS["block_size"]:
         command += ["--block-size", str(request.block_size)]
     if request.max_num_batched_tokens != DEFAULT_BATCHED_TOKENS[request.device.type]:
@@ -162,7 +166,7 @@ def _count(plan: DtypePlan, number: int) -> str:
 
 
 def _limit(limit: Limit) -> str:
-    return f"{limit.value} ({limit.by})" if limit.value else "none"
+    return f"{limit.value or 'none'} ({limit.by})"
 
 
 def _fit_table(plan: ModelPlan) -> Table:
@@ -190,7 +194,25 @@ def _tail(plan: ModelPlan, values: Mapping[str, Any]) -> list[str]:
         return []
     bare = plan.header.read == "config.json" and Path(values["model"]).exists()
     condition = " (with its safetensors beside config.json)" if bare else ""
-    return [f"Serve it so{condition}:", f"  {shlex.join(serve_command(plan, values['model']))}", ""]
+    return [f"Serve it so{condition}:", f"  {shlex.join(serve_command(plan, values))}", *_other_server(plan), ""]
+
+
+def _other_server(plan: ModelPlan) -> list[str]:
+    """Said where an answer is that of a server with other settings, because this one's pool is sized for more."""
+    request, chosen = plan.request, plan.chosen
+    context, concurrency = plan.context, plan.concurrency
+    if request.concurrency is None:
+        concurrency = chosen.most_sequences.value
+    elif request.context is None:
+        context = chosen.longest_context.value
+    elif chosen.most_sequences.value < concurrency:
+        return []
+    if not context or not concurrency or plan.holds(concurrency, context):
+        return []
+    return [
+        f"Its pool is sized for {plan.num_running} sequences of up to {plan.cache.max_model_len} tokens. To hold "
+        f"{concurrency} of {context} tokens at once, plan with --max-num-seqs {concurrency} --max-model-len {context}."
+    ]
 
 
 def print_json(plan: ModelPlan, values: Mapping[str, Any], notes: Sequence[str] = ()) -> None:
@@ -219,7 +241,7 @@ def to_json(plan: ModelPlan, values: Mapping[str, Any], notes: Sequence[str] = (
             "max_num_seqs": ready.max_num_seqs,
             "max_num_batched_tokens": ready.max_num_batched_tokens,
             "prefix_caching": ready.prefix_caching,
-            "command": None if plan.header.refusal is not None else serve_command(plan, values["model"]),
+            "command": None if plan.header.refusal is not None else serve_command(plan, values),
         },
         "asked": {"context": plan.context, "concurrency": plan.concurrency, "fits": plan.fits},
         "dtypes": [_dtype_json(dtype_plan, request.block_size) for dtype_plan in plan.by_dtype],

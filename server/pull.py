@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from ..model.sizes import size_text
 from ..model.spec import ModelError
+from ..model.text import one_line
 from ..model.weights.pull import (
     HubFile,
     HubModel,
@@ -86,7 +88,7 @@ def _pull_from_hub(name: HubName, verify: bool | None) -> tuple[ModelFiles, tupl
     require_space(name, missing)
     if missing:
         total = sum(file.num_bytes or 0 for file in missing)
-        print(f"fetching {len(missing)} of {len(model.files)} files, {size(total)}")
+        print(f"fetching {len(missing)} of {len(model.files)} files, {size_text(total)}")
         with _progress("fetching", total) as meter:
             download(model, missing, meter)
     else:
@@ -180,7 +182,7 @@ def _hf_architecture(directory: Path) -> tuple[str, str | None]:
     for path in weight_files(directory):
         SafetensorsFile(path).close()
     names = read_json_object(directory / "config.json").get("architectures")
-    return (str(names[0])[:80] if isinstance(names, list) and names else ""), None
+    return (one_line(str(names[0]), 80) if isinstance(names, list) and names else ""), None
 
 
 def _gguf_architecture(path: Path) -> tuple[str, str | None]:
@@ -192,7 +194,7 @@ def _gguf_architecture(path: Path) -> tuple[str, str | None]:
     try:
         return gguf_family(file).architecture, None
     except ModelError as error:
-        return file.get("general.architecture", str, "")[:80], str(error)
+        return one_line(file.get("general.architecture", str, ""), 80), str(error)
     finally:
         file.close()
 
@@ -224,19 +226,13 @@ def report(pulled: Pulled, name: str | None) -> str:
     lines = [
         f"{pulled.files.name} is here",
         f"  where         {pulled.files.path}",
-        f"  size          {size(pulled.num_bytes)} in {_count(pulled.num_files)}",
+        f"  size          {size_text(pulled.num_bytes)} in {_count(pulled.num_files)}",
         f"  architecture  {contents.architecture or '(none named)'}{parameters}",
         f"  checked       {'; '.join(pulled.checks)}",
     ]
     if contents.refusal is None:
         return "\n".join([*lines, f"  next          {command}"])
     return "\n".join([*lines, f"  note          this release cannot serve it: {contents.refusal}"])
-
-
-def size(num_bytes: int) -> str:
-    if num_bytes >= 2**30:
-        return f"{num_bytes / 2**30:.2f} GiB"
-    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.1f} KiB"
 
 
 def _count(num_files: int) -> str:

@@ -186,7 +186,8 @@ def _preemption() -> list[Json]:
         ),
         timeseries(
             "Waiting by reason",
-            "capacity: no seat or too few blocks; deferred: held back on purpose. Waiting while the pool is not full: "
+            "capacity: no seat or too few blocks; deferred: there is room, and they wait only for a step with tokens "
+            "left, or for the prompt of their request. Waiting for capacity while the pool is not full: "
             "--max-num-seqs is the limit.",
             [Query(f"sum by (reason) ({metric('num_requests_waiting_by_reason')})", "{{reason}}")],
             unit="none",

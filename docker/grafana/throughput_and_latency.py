@@ -140,6 +140,7 @@ def _latency() -> list[Json]:
             "From the request's arrival to its first token: queue and prefill.",
             quantiles("time_to_first_token_seconds"),
             unit="s",
+            thresholds=steps((None, GREEN), (2.5, RED)),
             width=6,
         ),
         timeseries(
@@ -148,6 +149,7 @@ def _latency() -> list[Json]:
             "beside it.",
             quantiles("inter_token_latency_seconds"),
             unit="s",
+            thresholds=steps((None, GREEN), (0.2, RED)),
             width=6,
         ),
         timeseries(
@@ -279,7 +281,7 @@ def _http() -> list[Json]:
         ),
         timeseries(
             "Requests by handler",
-            "Which routes are used; 'none' are unknown paths.",
+            "Which routes are used; 'none' got to no route: unknown paths, no or wrong API keys, bodies too large.",
             [Query(f"sum by (handler, method) ({requests})", "{{method}} {{handler}}")],
             unit="reqps",
             stacked=True,

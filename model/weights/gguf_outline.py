@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from ..spec import ModelError
+from ..text import one_line
 from .gguf_file import GgufFile
 from .layout import check_spec
 from .outline import Outline, Sizes, build_outline, checked_num_layers, periodic_windows
@@ -31,7 +32,7 @@ def read_gguf_outline(file: GgufFile) -> Outline:
     default_dim = hidden_size // max(1, *heads)
     windows, notes = _windows(file, prefix, num_layers)
     sizes = Sizes(
-        architecture=prefix[:60],
+        architecture=one_line(prefix, 60),
         vocab_size=embedding.shape[0],
         hidden_size=hidden_size,
         intermediate_size=_intermediate_size(file, prefix, num_layers),
@@ -56,13 +57,13 @@ def _refuse_other_memory(file: GgufFile, prefix: str, where: str) -> None:
         raise ModelError(f"{where} is one of {parts} parts of a model; merge them with llama-gguf-split --merge first")
     if file.get(f"{prefix}.attention.kv_lora_rank", int, 0):
         raise ModelError(
-            f"{where}: {prefix[:60]} keeps compressed keys and values (multi-head latent attention), whose size is not "
-            "known here; choose another model"
+            f"{where}: {one_line(prefix, 60)} keeps compressed keys and values (multi-head latent attention), whose "
+            "size is not known here; choose another model"
         )
     if any(key.startswith((f"{prefix}.ssm.", f"{prefix}.wkv.")) for key in file.metadata):
         raise ModelError(
-            f"{where}: {prefix[:60]} keeps a state instead of keys and values, whose size is not known here; choose a "
-            "model whose layers all attend"
+            f"{where}: {one_line(prefix, 60)} keeps a state instead of keys and values, whose size is not known here; "
+            "choose a model whose layers all attend"
         )
 
 

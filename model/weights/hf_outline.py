@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..spec import ModelError
+from ..text import one_line
 from .jsonfile import read_json_object, read_optional_json_object
 from .layout import check_spec
 from .outline import Outline, Sizes, build_outline, checked_num_layers, periodic_windows
@@ -27,7 +28,7 @@ def read_hf_outline(directory: Path, completed: dict[str, Any]) -> Outline:
     where = f"{directory.name}/config.json"
     raw = read_json_object(path)
     names = raw.get("architectures")
-    architecture = str(names[0])[:80] if isinstance(names, list) and names else str(raw.get("model_type"))[:80]
+    architecture = one_line(str(names[0] if isinstance(names, list) and names else raw.get("model_type")), 80)
     _refuse_other_memory(completed, architecture, where)
     values = _Values(completed, where)
     num_layers = checked_num_layers(values.integer("num_hidden_layers"), where)
@@ -39,9 +40,9 @@ def read_hf_outline(directory: Path, completed: dict[str, Any]) -> Outline:
         architecture=architecture,
         vocab_size=values.integer("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=_intermediate_size(values),
+        intermediate_size=_intermediate_size(values, hidden_size),
         num_attention_heads=heads,
-        num_key_value_heads=[values.integer("num_key_value_heads", heads)] * num_layers,
+        num_key_value_heads=[_num_key_value_heads(values, heads)] * num_layers,
         key_dims=[head_dim] * num_layers,
         value_dims=[head_dim] * num_layers,
         windows=windows,
@@ -122,11 +123,19 @@ def _window_of_kind(kind: str, values: _Values, where: str) -> int | None:
     )
 
 
-def _intermediate_size(values: _Values) -> int:
-    """The widest product of one token: of a dense layer, or of the experts that a token takes together."""
-    dense = values.integer("intermediate_size", 0)
+def _num_key_value_heads(values: _Values, heads: int) -> int:
+    """Falcon and GPT-BigCode say by `multi_query` that all heads share one."""
+    if values.values.get("multi_query") is True and values.values.get("new_decoder_architecture") is not True:
+        return 1
+    return values.integer("num_key_value_heads", values.integer("num_kv_heads", heads))
+
+
+def _intermediate_size(values: _Values, hidden_size: int) -> int:
+    """The widest product of one token: of a dense layer, or of the experts that a token takes together. Where a config
+    states none, as GPT-2's does, it is four times the hidden size."""
+    dense = max(values.integer(key, 0) for key in ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"))
     used = values.integer("num_experts_per_tok", 0)
-    return max(dense, used * values.integer("moe_intermediate_size", dense))
+    return max(dense, used * values.integer("moe_intermediate_size", dense)) or 4 * hidden_size
 
 
 def is_quantized(config: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..spec import ModelError, ModelSpec, RopeSpec
+from ..text import one_line
 from .jsonfile import read_json_object, read_optional_json_object
 
 
@@ -58,7 +59,7 @@ class _Config:
         names = self.values.get("architectures")
         if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
             return "unknown"
-        return names[0][:80]
+        return one_line(names[0], 80)
 
 
 def read_hf_spec(directory: Path, tensor_names: Collection[str] | None) -> ModelSpec:

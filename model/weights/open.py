@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..spec import ModelSpec
 from .gguf_source import GgufSource, open_gguf
 from .resolve import resolve_model
 from .safetensors_source import SafetensorsSource, open_safetensors
@@ -14,3 +15,12 @@ def open_weights(path: str) -> GgufSource | SafetensorsSource:
     """
     files = resolve_model(path)
     return open_gguf(files.path) if files.kind == "gguf" else open_safetensors(files.path)
+
+
+def read_spec(path: str) -> ModelSpec:
+    """The shape of what `open_weights` would open; the files are closed again. Raises ModelError."""
+    source = open_weights(path)
+    try:
+        return source.spec
+    finally:
+        source.close()

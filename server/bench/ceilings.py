@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ...model.memory import available_cpu_bytes
+from ...model.memory import free_memory
 from ...model.spec import ModelSpec
 
 _GIB = 2**30
@@ -77,8 +77,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, spec: ModelSpec) 
 
 
 def _affordable(device: torch.device) -> int:
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_cpu_bytes()
-    return min(_READ_BYTES[device.type], free // 4)
+    return min(_READ_BYTES[device.type], free_memory(device).free_bytes // 4)
 
 
 def _memory(device: torch.device, num_bytes: int) -> tuple[list[Probe], list[Probe]]:

@@ -1,14 +1,12 @@
-"""Arguments of the measurements that load a model in this process: which engine, lists of sizes, where results go."""
+"""Arguments of the measurements that load a model in this process: which engine, lists of sizes."""
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..options import OPTIONS, OptionError, resolve_options
+from ..options import OptionError, add_group, given, resolve_options
 
 if TYPE_CHECKING:
     from ...model.config import ModelConfig
@@ -18,18 +16,12 @@ _ENGINE_OPTIONS = ("model", "device", "dtype", "kernel_backend", "block_size")
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """The settings of `octavo serve` that decide how fast one step is, from the same table."""
-    group = parser.add_argument_group("engine")
-    for option in OPTIONS:
-        if option.name in _ENGINE_OPTIONS:
-            shown = "" if option.default is None else f" (default: {option.default})"
-            text = f"{option.help}{shown} [{option.env}]".replace("%", "%%")
-            group.add_argument(option.flag, metavar=option.metavar, default=argparse.SUPPRESS, help=text)
+    add_group(parser, "engine", _ENGINE_OPTIONS)
 
 
 def engine_values(arguments: argparse.Namespace) -> dict[str, Any]:
     """The engine's settings from the command line, the environment and the config file. Raises OptionError."""
-    given = {name: value for name, value in vars(arguments).items() if name in _ENGINE_OPTIONS}
-    values = resolve_options(given)
+    values = resolve_options(given(arguments, _ENGINE_OPTIONS))
     return {name: values[name] for name in _ENGINE_OPTIONS}
 
 
@@ -66,17 +58,3 @@ def parse_numbers(text: str, flag: str, low: int, high: int = 2**31 - 1) -> list
     if min(values) < low or max(values) > high:
         raise OptionError(f"{flag}: expected whole numbers from {low} to {high} between commas (given: {text[:80]!r})")
     return sorted(values)
-
-
-def parse_output_file(text: str | None, flag: str) -> Path | None:
-    """A file that can be written, checked before anything is measured. Raises OptionError."""
-    if text is None:
-        return None
-    path = Path(text)
-    if path.is_dir():
-        raise OptionError(f"{flag}: {text} is a directory; name a file")
-    if not path.parent.is_dir():
-        raise OptionError(f"{flag}: there is no directory {path.parent}; make it first")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise OptionError(f"{flag}: {text} cannot be written; choose another file")
-    return path

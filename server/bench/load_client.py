@@ -13,8 +13,10 @@ from typing import Any
 
 import aiohttp
 
+from ...model.text import one_line
+from ..client_events import EndlessEvent, Usage, usage_of
 from .load_settings import Settings
-from .load_stream import StreamReader, Usage, error_text, usage_of
+from .load_stream import StreamReader, error_text
 from .load_workload import PlannedRequest
 
 MAX_ERROR_BYTES = 64 * 1024
@@ -144,6 +146,8 @@ class LoadClient:
         try:
             async for received in response.content.iter_any():
                 reader.feed(received, self.now())
+        except EndlessEvent as error:
+            raise RequestFailed("malformed stream", str(error)) from None
         finally:  # what had arrived counts even if the rest did not
             record.usage, record.num_chunks, record.num_counts = reader.usage(), reader.num_chunks, reader.num_counts
         if reader.error is not None:
@@ -161,7 +165,7 @@ class LoadClient:
         record.end_s = self.now()
         try:
             record.usage = usage_of(json.loads(data))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RequestFailed("malformed answer", "the answer is not JSON") from None
         if not record.usage.output_tokens:
             raise RequestFailed("empty answer", "the answer's usage counts no token")
@@ -206,7 +210,7 @@ async def _read_at_most(response: aiohttp.ClientResponse, num_bytes: int) -> byt
 
 def _as_failure(error: Exception, timeout_s: float) -> RequestFailed:
     """By what a reader of the report wants to tell apart. The order matters: aiohttp's errors overlap."""
-    text = " ".join(str(error).split())[:200] or type(error).__name__
+    text = one_line(str(error), 200) or type(error).__name__
     if isinstance(error, RequestFailed):
         return error
     if isinstance(error, TimeoutError):

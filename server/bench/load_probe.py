@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import random
 import re
 from collections.abc import Iterator
@@ -13,12 +12,16 @@ from typing import Any
 
 import aiohttp
 
+from ...model.text import one_line
+from ..client_events import read_json
 from .load_client import Dialect, LoadClient, Record, client_for
 from .load_settings import Settings
 from .load_workload import WORDS, PlannedRequest, Prompt, PromptMaker, TextWords, TokenPieces
 
 PROBE_TIMEOUT_S = 120.0
 """Whatever the limit of measured requests: the first ones of a server may have to wait for it to warm up."""
+LOOK_UP_TIMEOUT_S = 10.0
+"""For what not every server has: some gateways leave a path that they do not know unanswered."""
 PROBE_WORDS = (8, 40)
 """Two lengths, which tell what a word costs from what a prompt costs."""
 _LABEL = re.compile(r'(\w+)="([^"\\]*)"')
@@ -67,27 +70,35 @@ class Probe:
     sends_usage: bool = True
     notes: list[str] = field(default_factory=list)
 
-    async def get(self, path: str) -> tuple[int, str]:
+    async def get(self, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> tuple[int, str]:
         """Status and body. Raises ServerUnusable if nothing answers."""
         url = self.client.root + path
         try:
             async with (
-                asyncio.timeout(PROBE_TIMEOUT_S),
+                asyncio.timeout(timeout_s),
                 self.client.session.get(url, headers=self.client.headers) as response,
             ):
                 return response.status, await response.text(errors="replace")
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            reason = "timeout" if isinstance(error, TimeoutError) else " ".join(str(error).split())[:200]
+            reason = "timeout" if isinstance(error, TimeoutError) else one_line(str(error), 200)
             raise ServerUnusable(
                 f"cannot reach {url}: {reason or type(error).__name__}; is a server running?"
             ) from None
+
+    async def look_up(self, path: str) -> str | None:
+        """The body of what a server may well be without; None where there is none, or no answer in time."""
+        try:
+            status, text = await self.get(path, LOOK_UP_TIMEOUT_S)
+        except ServerUnusable:
+            return None
+        return text if status == 200 else None
 
     async def model(self) -> tuple[str, str | None]:
         """The wanted or the first model, and who serves it. Raises ServerUnusable."""
         status, text = await self.get("/v1/models")
         if status in (401, 403):
             raise ServerUnusable(f"{self.client.root} answers {status}: it wants another --api-key")
-        listed = _json(text)
+        listed = read_json(text)
         cards = listed.get("data") if status == 200 and isinstance(listed, dict) else None
         cards = [card for card in cards or () if isinstance(card, dict) and isinstance(card.get("id"), str)]
         wanted = self.settings.model
@@ -98,21 +109,20 @@ class Probe:
             # Some servers load models by name, so it may still work; the first request will tell.
             self.notes.append(f"/v1/models does not list {wanted}")
         owner = card.get("owned_by")
-        return wanted or card["id"], owner if isinstance(owner, str) else None
+        return wanted or card["id"], one_line(owner) if isinstance(owner, str) else None
 
     async def version(self) -> str | None:
         """As Octavo and vLLM say it, else llama.cpp's build."""
         for path, name in (("/version", "version"), ("/props", "build_info")):
-            status, text = await self.get(path)
-            answer = _json(text) if status == 200 else None
+            answer = read_json(await self.look_up(path) or "")
             if isinstance(answer, dict) and isinstance(answer.get(name), str):
-                return str(answer[name])
+                return one_line(answer[name])
         return None
 
     async def cache_config(self) -> dict[str, str]:
-        status, text = await self.get("/metrics")
-        match = re.search(r"^\w+:cache_config_info\{(.*)\} 1", text, re.MULTILINE) if status == 200 else None
-        return dict(_LABEL.findall(match[1])) if match else {}
+        text = await self.look_up("/metrics") or ""
+        match = re.search(r"^\w+:cache_config_info\{(.*)\} 1", text, re.MULTILINE)
+        return {name: one_line(value) for name, value in _LABEL.findall(match[1])} if match else {}
 
     async def ask(self, prompt: Prompt, max_tokens: int, dialect: Dialect | None = None) -> Record:
         """One request on the measured way."""
@@ -164,7 +174,7 @@ class Probe:
                     asyncio.timeout(PROBE_TIMEOUT_S),
                     self.client.session.post(url, json=body, headers=self.client.headers) as response,
                 ):
-                    answer = _json(await response.text(errors="replace")) if response.status == 200 else None
+                    answer = read_json(await response.text(errors="replace")) if response.status == 200 else None
             except (TimeoutError, aiohttp.ClientError, OSError):
                 return None
             if isinstance(answer, dict) and (counted := _counted(answer)) is not None:
@@ -225,7 +235,7 @@ async def get_to_know(
     prompts_as = "token ids" if isinstance(maker, TokenPieces) else "text"
     facts = ServerFacts(
         url=root,
-        model=name,
+        model=one_line(name),
         owned_by=owner,
         version=version,
         cache_config=cache_config,
@@ -252,10 +262,3 @@ def _counted(answer: dict[str, Any]) -> tuple[int, tuple[int, ...]] | None:
     if isinstance(tokens, list) and all(isinstance(token, int) for token in tokens):
         return len(tokens), tuple(tokens)
     return (count, ()) if isinstance(count, int) else None
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None

@@ -111,8 +111,11 @@ class Run:
     """Those of the file; none: random words."""
     clock: Clock = field(default_factory=Clock)
     results: list[LevelResult] = field(default_factory=list)
-    _num_taken: dict[int, int] = field(default_factory=dict)
-    """Server → prompts of the file that it has had."""
+    _file_start: int = 0
+    """Prompts of the file before the first of the present round: the same for each server, so that all get the same
+    prompts in a round, however many of them they finish."""
+    _num_taken: int = 0
+    """Prompts of the file that any server has had."""
 
     async def run(self) -> None:
         """Everything. When it is cancelled, what has been measured stays in `results`."""
@@ -122,6 +125,7 @@ class Run:
             result = LevelResult(level, [[] for _ in self.targets])
             self.results.append(result)
             for round_number, sides in enumerate(turns(len(self.targets), self.settings.rounds)):
+                self._file_start = self._num_taken
                 for side in sides:
                     await self._round(result, side, f"{number}/{round_number}")
 
@@ -191,9 +195,12 @@ class Run:
         """Made before the round starts if their number is known, else one by one."""
         settings, target = self.settings, self.targets[side]
         if self.prompts:
-            start = self._num_taken.get(side, 0)
             planned = file_requests(
-                self.prompts, start=start, seed=settings.seed, scope=scope, output_tokens=settings.output_tokens
+                self.prompts,
+                start=self._file_start,
+                seed=settings.seed,
+                scope=scope,
+                output_tokens=settings.output_tokens,
             )
         else:
             if side and settings.compare_url == settings.base_url:
@@ -208,12 +215,12 @@ class Run:
                 chat=settings.endpoint == "chat",
             )
         prepared = (Prepared(request, target.client.body(request)) for request in planned)
-        counted = self._count(side, prepared)
+        counted = self._count(prepared)
         return counted if num_requests is None else iter(list(itertools.islice(counted, num_requests)))
 
-    def _count(self, side: int, prepared: Iterator[Prepared]) -> Iterator[Prepared]:
-        for request in prepared:
-            self._num_taken[side] = self._num_taken.get(side, 0) + 1
+    def _count(self, prepared: Iterator[Prepared]) -> Iterator[Prepared]:
+        for number, request in enumerate(prepared, start=self._file_start + 1):
+            self._num_taken = max(self._num_taken, number)
             yield request
 
     @contextlib.asynccontextmanager

@@ -10,8 +10,8 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
+from ..client_address import DEFAULT_BASE_URL, checked_address, checked_key, find_key
 from ..options import OptionError
 
 ENDPOINTS = ("completions", "chat")
@@ -120,11 +120,11 @@ def read_settings(given: Mapping[str, Any], environ: Mapping[str, str] | None = 
     """`given` holds only the flags that were on the command line, as text. Raises OptionError."""
     environ = os.environ if environ is None else environ
     _check_combinations(given)
-    compare_url = given.get("compare")
+    compare_url, compare_key = given.get("compare"), given.get("compare_api_key")
     slo = given.get("slo")
     return Settings(
-        base_url=_url("--base-url", given.get("base_url", "http://127.0.0.1:8000")),
-        compare_url=None if compare_url is None else _url("--compare", compare_url),
+        base_url=_root("--base-url", given.get("base_url", DEFAULT_BASE_URL)),
+        compare_url=None if compare_url is None else _root("--compare", compare_url),
         endpoint=_parse("endpoint", given, "completions", _endpoint),
         model=given.get("model"),
         levels=_levels(given),
@@ -146,8 +146,8 @@ def read_settings(given: Mapping[str, Any], environ: Mapping[str, str] | None = 
         markdown_path=given.get("markdown"),
         fail_on_error="fail_on_error" in given,
         command=command_line(given),
-        api_key=_key("--api-key", given.get("api_key") or _key_of(environ)),
-        compare_api_key=_key("--compare-api-key", given.get("compare_api_key")),
+        api_key=find_key(given.get("api_key"), environ),
+        compare_api_key=None if compare_key is None else checked_key("--compare-api-key", compare_key),
     )
 
 
@@ -269,27 +269,6 @@ def _endpoint(text: str) -> str:
     return text
 
 
-def _url(flag: str, text: str) -> str:
-    """The server's root. What could carry a secret into the results is refused."""
-    try:
-        parts = urlsplit(text)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise OptionError(f"{flag}: expected an address such as http://127.0.0.1:8000 (given: {text[:80]!r})")
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise OptionError(f"{flag}: expected an address without user name, query or fragment; give keys as --api-key")
-    return text.rstrip("/").removesuffix("/v1")
-
-
-def _key_of(environ: Mapping[str, str]) -> str | None:
-    """A server takes several keys from OCTAVO_API_KEY; any of them will do."""
-    first = environ.get("OCTAVO_API_KEY", "").split(",")[0].strip()
-    return first or environ.get("OPENAI_API_KEY", "").strip() or None
-
-
-def _key(flag: str, key: str | None) -> str | None:
-    if key is not None and not re.fullmatch(r"[!-~]+", key):
-        raise OptionError(f"{flag}: a key consists of visible ASCII characters without spaces")
-    return key
+def _root(flag: str, text: str) -> str:
+    """The server's address without its version. Raises OptionError."""
+    return checked_address(flag, text).removesuffix("/v1")

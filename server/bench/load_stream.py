@@ -7,44 +7,16 @@ quotes bare can only be a key or a whole string value.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
+from ...model.text import one_line
+from ..client_events import EventSplitter, Usage, error_message, read_json, usage_of
+
+_MAX_MESSAGE_CHARS = 200
 _COUNT = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
 _TEXT = re.compile(rb'"(?:text|content|reasoning_content|reasoning)"\s*:\s*"[^"]')
 _FINISH = re.compile(rb'"finish_reason"\s*:\s*"')
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """A server's own count; None where it says nothing."""
-
-    prompt_tokens: int | None = None
-    output_tokens: int | None = None
-    cached_tokens: int | None = None
-
-
-class EventSplitter:
-    """Bytes as they come in → the data of complete events. Comments and other fields are dropped."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._data: list[bytes] = []
-
-    def feed(self, received: bytes) -> list[bytes]:
-        *lines, self._rest = (self._rest + received).split(b"\n")
-        events: list[bytes] = []
-        for line in lines:
-            line = line.removesuffix(b"\r")
-            if not line:
-                if self._data:
-                    events.append(b"\n".join(self._data))
-                    self._data = []
-            elif line.startswith((b"data:", b"error:")):  # the latter is an older llama.cpp's
-                self._data.append(line.partition(b":")[2].removeprefix(b" "))
-        return events
 
 
 @dataclass(slots=True)
@@ -74,6 +46,7 @@ class StreamReader:
     _splitter: EventSplitter = field(default_factory=EventSplitter)
 
     def feed(self, received: bytes, now_s: float) -> None:
+        """Raises EndlessEvent."""
         before = self.num_items
         for event in self._splitter.feed(received):
             if event == b"[DONE]":
@@ -86,9 +59,11 @@ class StreamReader:
             self.arrivals.append((now_s, self.num_items - before))
 
     def _chunk(self, event: bytes) -> None:
-        if b'"error"' in event and (message := _error_message(event)) is not None:
-            self.error = self.error or message
-            return
+        if b'"error"' in event:
+            message = error_message(read_json(event), _MAX_MESSAGE_CHARS)
+            if message is not None:
+                self.error = self.error or message or shorten(event)
+                return
         has_text = _TEXT.search(event) is not None
         self.num_chunks += has_text
         if not self.finished and _FINISH.search(event) is not None:
@@ -103,48 +78,13 @@ class StreamReader:
 
     def usage(self) -> Usage:
         """What the newest chunk with a count says."""
-        try:
-            return usage_of(json.loads(self._last_count)) if self._last_count else Usage()
-        except ValueError:
-            return Usage()
-
-
-def usage_of(answer: Any) -> Usage:
-    """The `usage` of a chunk or a complete answer, whatever is missing from it."""
-    usage = answer.get("usage") if isinstance(answer, dict) else None
-    if not isinstance(usage, dict):
-        return Usage()
-    details = usage.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    return Usage(_whole(usage.get("prompt_tokens")), _whole(usage.get("completion_tokens")), _whole(cached))
+        return usage_of(read_json(self._last_count))
 
 
 def error_text(body: bytes) -> str:
     """The message of an error response in any of the usual shapes, else its beginning."""
-    return _error_message(body) or shorten(body)
+    return error_message(read_json(body), _MAX_MESSAGE_CHARS) or shorten(body)
 
 
 def shorten(data: bytes) -> str:
-    text = " ".join(data[:1000].decode("utf-8", "replace").split())
-    return text if len(text) <= 200 else text[:199] + "…"
-
-
-def _error_message(data: bytes) -> str | None:
-    """None: this is no error."""
-    try:
-        parsed = json.loads(data)
-    except ValueError:
-        return None
-    if not isinstance(parsed, dict):
-        return None
-    error = parsed.get("error")
-    if error is None:  # the whole object is the error, in older versions of vLLM and of llama.cpp
-        if parsed.get("object") != "error" and not {"code", "message", "type"} <= parsed.keys():
-            return None
-        error = parsed
-    message = error.get("message") if isinstance(error, dict) else error
-    return shorten(str(message or error).encode())
-
-
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return one_line(data[:1000].decode("utf-8", "replace"), _MAX_MESSAGE_CHARS)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from .load_compare import Comparison
 from .load_report import LevelReport, Report, notes
 from .load_stats import Stats
 from .machine import machine_line
 
-PIPED_WIDTH = 120
 _LATENCIES = (
     ("TTFT", "ttft"), ("ITL", "itl"), ("longest gap", "longest_gap"), ("TPOT", "tpot"), ("E2E", "e2e"),
 )  # fmt: skip
@@ -76,7 +76,7 @@ def print_report(report: Report, console: Console) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for table in tables(report):
         console.print()
-        console.print(_rich(table))
+        console.print(_rich(table), soft_wrap=False)
     console.print()
     for note in notes(report):
         console.print(f"- {note}", markup=False, highlight=False, soft_wrap=True)
@@ -100,7 +100,7 @@ def _rich(table: Table) -> RichTable:
         is_text = index < table.num_text_columns
         shown.add_column(column, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     for row in table.rows:
-        shown.add_row(*(cell.replace("[", "\\[") for cell in row))
+        shown.add_row(*(Text(cell) for cell in row))
     return shown
 
 

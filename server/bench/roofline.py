@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from ...model.kv_layout import kv_layout
 from ...model.spec import ModelSpec
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -61,7 +62,7 @@ def model_cost(spec: ModelSpec, parameters: Iterable[tuple[str, tuple[int, ...]]
         head_parameters=head,
         vector_parameters=vectors,
         parameter_bytes=itemsize,
-        kv_bytes_per_token=2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * itemsize,
+        kv_bytes_per_token=kv_layout(spec).block_bytes(1, itemsize),
         embedding_row_bytes=spec.hidden_size * itemsize,
         attention_flops_per_pair=4 * spec.num_attention_heads * spec.head_dim * spec.num_hidden_layers,
     )

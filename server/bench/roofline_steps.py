@@ -9,7 +9,7 @@ import torch
 
 from ...model.config import ModelConfig
 from ...model.kv_cache import bytes_per_block
-from ...model.memory import available_cpu_bytes
+from ...model.memory import free_memory
 from ...model.runner import ModelRunner
 from ...model.spec import ModelError
 from ...scheduler.batch import ScheduledBatch, ScheduledRow
@@ -32,7 +32,7 @@ class StepBench:
         self.runner = ModelRunner(config, block_size=block_size)
         spec, dtype = self.runner.spec, self.runner.backend.dtype
         self._block_bytes = bytes_per_block(spec, block_size, dtype)
-        self.budget_bytes = int(_POOL_SHARE * _free_bytes(self.runner.backend.device))
+        self.budget_bytes = int(_POOL_SHARE * free_memory(self.runner.backend.device).free_bytes)
         self.fitting = [shape for shape in shapes if self.pool_bytes(shape) <= self.budget_bytes]
         if not self.fitting:
             needed = min(self.pool_bytes(shape) for shape in shapes)
@@ -90,10 +90,3 @@ class StepBench:
         generator = torch.Generator(pool.device).manual_seed(0)
         noise = torch.randn(pool[:, :1].shape, device=pool.device, generator=generator)
         pool.copy_((noise * _NOISE_SCALE).to(pool.dtype).expand_as(pool))
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
-    return available_cpu_bytes()

@@ -17,8 +17,8 @@ from ..bench.engine_arguments import (
     model_config,
     parse_number,
     parse_numbers,
-    parse_output_file,
 )
+from ..bench.output_files import parse_output_file, write_output_file
 from ..options import OptionError
 
 if TYPE_CHECKING:
@@ -82,32 +82,42 @@ def _run(request: _Request) -> int:
 def _report(
     request: _Request, ready: EngineReady, results: list[PromptResult], num_layers: int, model_name: str
 ) -> None:
-    from ..bench.console import report_console
+    """The files, then the tables, so that a failure of one does not lose the other. Raises OptionError."""
     from ..bench.kv_cache_report import as_json, print_report
     from ..bench.machine import describe_machine, describe_torch, machine_line
+    from ..console import report_console
 
     machine, setup = describe_machine(), describe_torch(ready.device)
     heading = (
         f"{machine_line(machine, setup)}\n"
         f"{model_name}, {ready.dtype}, {ready.backend} backend, {ready.weight_bytes / 2**20:.0f} MiB of weights"
     )
-    console = report_console()
-    console.print(heading)
-    print_report(console, results, num_layers)
-    if request.json_file is not None:
-        content = {
-            "measurement": "kv-cache",
-            "model": model_name,
-            "machine": dataclasses.asdict(machine),
-            "torch": dataclasses.asdict(setup),
-            "settings": dataclasses.asdict(request.settings),
-            **as_json(results, ready, num_layers),
-        }
-        request.json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    if request.png_file is not None:
-        from ..bench.plot_kv_cache import save_plot
+    content = {
+        "measurement": "kv-cache",
+        "model": model_name,
+        "machine": dataclasses.asdict(machine),
+        "torch": dataclasses.asdict(setup),
+        "settings": dataclasses.asdict(request.settings),
+        **as_json(results, ready, num_layers),
+    }
+    try:
+        if request.json_file is not None:
+            write_output_file(request.json_file, json.dumps(content, indent=1) + "\n")
+        if request.png_file is not None:
+            _draw(results, heading, request.png_file)
+    finally:
+        console = report_console()
+        console.print(heading)
+        print_report(console, results, num_layers)
 
-        save_plot(results, heading, request.png_file)
+
+def _draw(results: list[PromptResult], heading: str, path: Path) -> None:
+    from ..bench.plot_kv_cache import save_plot
+
+    try:
+        save_plot(results, heading, path)
+    except OSError as error:
+        raise OptionError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _check(arguments: argparse.Namespace) -> _Request:
@@ -128,14 +138,14 @@ def _check(arguments: argparse.Namespace) -> _Request:
 def _start(request: _Request) -> tuple[BenchEngine, int, str]:
     """The engine, its number of layers, and the model's name. One sequence's worth of pool, so that every run uses the
     same memory; a token budget that takes any context in one step, so that recomputing is not split."""
-    from ...model.weights.open import open_weights
+    from ...model.weights.open import read_spec
     from ...model.weights.resolve import resolve_model
     from ...scheduler.config import CacheConfig, SchedulerConfig
     from ..bench.kv_cache_engine import BenchEngine
     from ..config import EngineConfig
 
     files = resolve_model(request.engine["model"])
-    spec = open_weights(str(files.path)).spec
+    spec = read_spec(str(files.path))
     settings = request.settings
     longest = max(settings.prompt_lengths) + settings.num_output
     if longest > spec.max_position_embeddings:

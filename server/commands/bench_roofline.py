@@ -16,8 +16,8 @@ from ..bench.engine_arguments import (
     model_config,
     parse_number,
     parse_numbers,
-    parse_output_file,
 )
+from ..bench.output_files import parse_output_file, write_output_file
 from ..options import OptionError
 
 if TYPE_CHECKING:
@@ -72,14 +72,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(request: _Request) -> None:
     from ...model.registry import model_family
-    from ...model.weights.open import open_weights
+    from ...model.weights.open import read_spec
     from ...model.weights.resolve import resolve_model
     from ..bench.ceilings import measure_ceilings
     from ..bench.roofline import model_cost
     from ..bench.roofline_steps import StepBench
 
     files = resolve_model(request.engine["model"])
-    spec = open_weights(str(files.path)).spec
+    spec = read_spec(str(files.path))
     _check_positions(request.shapes, spec)
     bench = StepBench(model_config(request.engine, str(files.path)), request.engine["block_size"], request.shapes)
     backend = bench.runner.backend
@@ -137,31 +137,34 @@ def _report(
     ceilings: Ceilings,
     results: list[StepResult],
 ) -> None:
-    from ..bench.console import report_console
+    """The file, then the tables, so that a failure of one does not lose the other. Raises OptionError."""
     from ..bench.machine import describe_machine, describe_torch, machine_line
     from ..bench.roofline_report import as_json, print_ceilings, print_steps
+    from ..console import report_console
 
     backend = bench.runner.backend
     dtype = str(backend.dtype).removeprefix("torch.")
     machine, setup = describe_machine(), describe_torch(str(backend.device))
     skipped = [(shape, bench.pool_bytes(shape)) for shape in request.shapes if shape not in bench.fitting]
-    console = report_console()
-    console.print(machine_line(machine, setup))
-    console.print(
-        f"{model_name}, {dtype}, {backend.name} backend: {cost.weight_bytes / 1e6:.1f} MB of weights per step, "
-        f"{cost.kv_bytes_per_token / 1024:.1f} KiB of K/V per token"
-    )
-    print_ceilings(console, ceilings, dtype)
-    print_steps(console, results, skipped)
-    if request.json_file is not None:
-        content = {
-            "measurement": "roofline",
-            "model": model_name,
-            "dtype": dtype,
-            "backend": backend.name,
-            "block_size": bench.runner.block_size,
-            "machine": dataclasses.asdict(machine),
-            "torch": dataclasses.asdict(setup),
-            **as_json(cost, ceilings, results, skipped),
-        }
-        request.json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    content = {
+        "measurement": "roofline",
+        "model": model_name,
+        "dtype": dtype,
+        "backend": backend.name,
+        "block_size": bench.runner.block_size,
+        "machine": dataclasses.asdict(machine),
+        "torch": dataclasses.asdict(setup),
+        **as_json(cost, ceilings, results, skipped),
+    }
+    try:
+        if request.json_file is not None:
+            write_output_file(request.json_file, json.dumps(content, indent=1) + "\n")
+    finally:
+        console = report_console()
+        console.print(machine_line(machine, setup))
+        console.print(
+            f"{model_name}, {dtype}, {backend.name} backend: {cost.weight_bytes / 1e6:.1f} MB of weights per step, "
+            f"{cost.kv_bytes_per_token / 1024:.1f} KiB of K/V per token"
+        )
+        print_ceilings(console, ceilings, dtype)
+        print_steps(console, results, skipped)

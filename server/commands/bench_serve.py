@@ -7,21 +7,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..options import OptionError
+from ..client_address import DEFAULT_BASE_URL
+from ..exit_status import INTERRUPTED
 
 if TYPE_CHECKING:
     from ..bench.load_report import Report
     from ..bench.load_settings import Settings
     from . import Subcommands
 
-INTERRUPTED = 130
-
 _FLAGS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     (
         "server",
         "",
         (
-            ("base-url", "URL", "server to measure, with or without /v1 (default: http://127.0.0.1:8000)"),
+            ("base-url", "URL", f"server to measure, with or without /v1 (default: {DEFAULT_BASE_URL})"),
             ("compare", "URL", "a second server: both get the same load in turns, and their ratios are printed"),
             ("endpoint", "WHICH", "completions | chat (default: completions)"),
             ("model", "NAME", "default: the first that the server lists"),
@@ -93,18 +92,17 @@ def add_parser(commands: Subcommands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import asyncio
 
+    from ..bench.load_probe import ServerUnusable
     from ..bench.load_settings import read_settings
+    from ..bench.output_files import parse_output_file
 
     settings = read_settings({name: value for name, value in vars(arguments).items() if name != "run"})
-    for path in (settings.output_path, settings.markdown_path):
-        _check_writable(path)
-
-    from ..bench.load_probe import ServerUnusable
+    for path, flag in ((settings.output_path, "--output"), (settings.markdown_path, "--markdown")):
+        if path != "-":
+            parse_output_file(path, flag)
 
     try:
         report = asyncio.run(_measure(settings))
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except ServerUnusable as error:
         print(f"octavo: {error}", file=sys.stderr)
         return 1
@@ -146,41 +144,28 @@ async def _measure(settings: Settings) -> Report:
 
 
 def _publish(report: Report) -> None:
-    """Tables on standard output, unless a file of results goes there; then the files."""
+    """The files, then the tables, so that a failure of one does not lose the other. Tables go to standard output,
+    unless a file of results goes there. Raises OptionError."""
     import json
 
-    from rich.console import Console
-
     from ..bench.load_report import as_json
-    from ..bench.load_tables import PIPED_WIDTH, as_markdown, print_report
+    from ..bench.load_tables import as_markdown, print_report
+    from ..console import report_console
 
     settings = report.settings
-    console = Console(stderr=settings.reports_to_standard_output)
-    if not console.is_terminal:
-        console = Console(stderr=settings.reports_to_standard_output, width=PIPED_WIDTH)
-    print_report(report, console)
-    if settings.output_path is not None:
-        _write(settings.output_path, json.dumps(as_json(report), indent=2, ensure_ascii=False) + "\n")
-    if settings.markdown_path is not None:
-        _write(settings.markdown_path, as_markdown(report))
-
-
-def _check_writable(path: str | None) -> None:
-    """Before minutes of measuring, not after them."""
-    if path is None or path == "-":
-        return
     try:
-        with Path(path).open("a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise OptionError(f"cannot write {path}: {error.strerror}") from None
+        if settings.output_path is not None:
+            _write(settings.output_path, json.dumps(as_json(report), indent=2, ensure_ascii=False) + "\n")
+        if settings.markdown_path is not None:
+            _write(settings.markdown_path, as_markdown(report))
+    finally:
+        print_report(report, report_console(stderr=settings.reports_to_standard_output))
 
 
 def _write(path: str, text: str) -> None:
+    from ..bench.output_files import write_output_file
+
     if path == "-":
         sys.stdout.write(text)
-        return
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"cannot write {path}: {error.strerror}") from None
+    else:
+        write_output_file(Path(path), text)

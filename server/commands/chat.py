@@ -8,16 +8,13 @@ import stat
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
+from ..client_address import DEFAULT_BASE_URL, checked_address, find_key, with_version
 from ..options import OptionError
 
 if TYPE_CHECKING:
     from ..terminal.commands import SettingValue
     from . import Subcommands
-
-DEFAULT_BASE_URL = "http://127.0.0.1:8000"
-BROKEN_PIPE = 141
 
 
 def add_parser(commands: Subcommands) -> None:
@@ -48,54 +45,30 @@ def add_parser(commands: Subcommands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     base_url = _base_url(arguments.base_url, os.environ)
-    api_key = _api_key(arguments.api_key, os.environ)
+    api_key = find_key(arguments.api_key, os.environ)
     settings = _settings(arguments.set)
-    is_session = not arguments.question and sys.stdin.isatty()
+    is_session = not arguments.question and sys.stdin is not None and sys.stdin.isatty()
+    question = "" if is_session else _question(arguments.question)
+
+    from ..terminal.chat import Chat, chat_interactively, chat_once, open_history
+    from ..terminal.screen import Screen, wants_color
+
+    chat = Chat(base_url, api_key, model=arguments.model, system=arguments.system, settings=settings)
     try:
-        question = "" if is_session else _question(arguments.question)
-
-        from ..terminal.chat import Chat, chat_interactively, chat_once, open_history
-        from ..terminal.screen import Screen, wants_color
-
-        chat = Chat(base_url, api_key, model=arguments.model, system=arguments.system, settings=settings)
-        try:
-            if not is_session:
-                return chat_once(chat, question)
-            screen = Screen(color=wants_color())
-            history = None if arguments.no_history else open_history(dict(os.environ), screen)
-            return chat_interactively(chat, screen, history)
-        finally:
-            chat.close()
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader has left. Python flushes standard output once more at its end, which must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        if not is_session:
+            return chat_once(chat, question)
+        screen = Screen(color=wants_color())
+        history = None if arguments.no_history else open_history(dict(os.environ), screen)
+        return chat_interactively(chat, screen, history)
+    finally:
+        chat.close()
 
 
 def _base_url(given: str | None, environ: Mapping[str, str]) -> str:
-    """With the API's version: /v1 is added where the address has no path of its own. Raises OptionError."""
-    where = "--base-url" if given is not None else "OCTAVO_BASE_URL"
-    text = (given if given is not None else environ.get("OCTAVO_BASE_URL") or DEFAULT_BASE_URL).strip()
-    try:
-        parts = urlsplit(text)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        valid = False
-    if not valid or parts.query or parts.fragment:
-        raise OptionError(f"{where}: expected an address such as {DEFAULT_BASE_URL} (given: {text[:80]!r})")
-    base = text.rstrip("/")
-    return base if parts.path.strip("/") else f"{base}/v1"
-
-
-def _api_key(given: str | None, environ: Mapping[str, str]) -> str | None:
-    """None where there is none. The server's own variable may list several keys: any of them will do."""
-    key = given or environ.get("OCTAVO_API_KEY", "").split(",")[0] or environ.get("OPENAI_API_KEY") or ""
-    key = key.strip()
-    if not key.isprintable() or not key.isascii():
-        raise OptionError("--api-key: expected printable ASCII characters")
-    return key or None
+    """With the API's version. Raises OptionError."""
+    if given is not None:
+        return with_version(checked_address("--base-url", given))
+    return with_version(checked_address("OCTAVO_BASE_URL", environ.get("OCTAVO_BASE_URL") or DEFAULT_BASE_URL))
 
 
 def _settings(given: list[str]) -> dict[str, SettingValue]:
@@ -116,13 +89,14 @@ def _settings(given: list[str]) -> dict[str, SettingValue]:
 
 def _question(words: list[str]) -> str:
     """From the command line, with what is piped in below it. Raises OptionError where there is none."""
-    from ..terminal.text import without_surrogates
+    from ...model.text import without_surrogates
 
     parts = [without_surrogates(" ".join(words))]
     # Beside a question, only what surely ends is read: a pipe or a file, not an inherited socket or terminal.
-    mode = os.fstat(sys.stdin.fileno()).st_mode
-    if not words or stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
-        parts.append(sys.stdin.buffer.read().decode("utf-8", "replace"))
+    if sys.stdin is not None:  # None: it was closed before the start
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+        if not words or stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
+            parts.append(sys.stdin.buffer.read().decode("utf-8", "replace"))
     question = "\n\n".join(part.strip("\n") for part in parts if part.strip())
     if not question:
         raise OptionError("there is nothing to ask: give a question, or text on standard input")

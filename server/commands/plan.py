@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..options import ENV_PREFIX, OPTIONS, OptionError, parse_size, resolve_options
+from ..options import ENV_PREFIX, OPTIONS, OptionError, add_group, given, parse_size, resolve_options
 
 if TYPE_CHECKING:
     from ...model.plan import PlanRequest
@@ -23,10 +21,10 @@ _SERVER_OPTIONS = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "kernel_backend",
+    "config",
 )
 """Those of `octavo serve` that the numbers depend on: the same flags, environment variables and config file."""
 _BY_NAME = {option.name: option for option in OPTIONS}
-_BROKEN_PIPE = 141
 
 
 def add_parser(commands: Subcommands) -> None:
@@ -50,38 +48,25 @@ def add_parser(commands: Subcommands) -> None:
     own.add_argument("--context", metavar="TOKENS", help="how many sequences of this length fit at once?")
     own.add_argument("--concurrency", metavar="N", help="how long may so many sequences be at once? (default: 1)")
     own.add_argument("--json", action="store_true", help="print everything as JSON")
-    server = parser.add_argument_group("settings of the server that is planned")
-    for name in _SERVER_OPTIONS:
-        option = _BY_NAME[name]
-        shown = "" if option.default is None else f" (default: {option.default})"
-        text = f"{option.help}{shown} [{option.env}]".replace("%", "%%")
-        server.add_argument(option.flag, metavar=option.metavar, default=argparse.SUPPRESS, help=text)
-    server.add_argument(
-        "--config", metavar="FILE", default=argparse.SUPPRESS, help=f"YAML file of these settings [{ENV_PREFIX}CONFIG]"
-    )
+    add_group(parser, "settings of the server that is planned", _SERVER_OPTIONS)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    given = {name: value for name, value in vars(arguments).items() if name in (*_SERVER_OPTIONS, "config")}
+    settings = given(arguments, _SERVER_OPTIONS)
     if arguments.model_positional is not None:
-        given["model"] = arguments.model_positional
+        settings["model"] = arguments.model_positional
     memory = _parsed("--memory", arguments.memory, parse_size)
     context = _parsed("--context", arguments.context, _BY_NAME["max_model_len"].parse)
     concurrency = _parsed("--concurrency", arguments.concurrency, _BY_NAME["max_num_seqs"].parse)
-    values = resolve_options(given)
+    values = resolve_options(settings)
     # The question is the setting where no setting is given beside it.
-    if context is not None and "max_model_len" not in given:
+    if context is not None and "max_model_len" not in settings:
         values["max_model_len"] = context
-    if concurrency is not None and "max_num_seqs" not in given:
+    if concurrency is not None and "max_num_seqs" not in settings:
         values["max_num_seqs"] = concurrency
     _refuse_contradictions(values, context, concurrency)
-    try:
-        return _plan(values, memory, context, concurrency, as_json=arguments.json)
-    except BrokenPipeError:
-        # The reader has left. Python flushes standard output once more at its end, which must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
+    return _plan(values, memory, context, concurrency, as_json=arguments.json)
 
 
 def _parsed(flag: str, text: str | None, parse: Any) -> Any:
@@ -113,8 +98,7 @@ def _plan(
     plan = plan_model(read_header(values["model"]), request)
     show = print_json if as_json else print_report
     show(plan, values, notes)
-    sys.stdout.flush()
-    return 0
+    return 0 if plan.header.refusal is None else 1
 
 
 def plan_request(

@@ -47,5 +47,5 @@ def run(arguments: argparse.Namespace) -> int:
         print(report(pull_model(name, verify=arguments.verify), name))
     except KeyboardInterrupt:
         print("octavo: stopped; files that are complete are kept, pull again for the others", file=sys.stderr)
-        return 130
+        raise
     return 0

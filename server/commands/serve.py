@@ -28,8 +28,8 @@ def add_parser(commands: Subcommands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     given = dict(vars(arguments))
     positional = given.pop("model_positional", None)
-    if positional is not None:
-        given.setdefault("model", positional)
+    if positional is not None and given.setdefault("model", positional) != positional:
+        raise OptionError(f"two models are given, {positional} and --model {given['model']}; give one")
     values = resolve_options(given)
     logging.basicConfig(level=values["log_level"].upper(), format="%(levelname)s %(name)s: %(message)s")
 

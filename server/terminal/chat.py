@@ -14,6 +14,8 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
 
+from ...model.text import one_line
+from ..exit_status import INTERRUPTED
 from .client import ChatClient, Piece, ServerError
 from .commands import (
     Command,
@@ -27,10 +29,6 @@ from .commands import (
 from .conversation import Answer, Conversation, ConversationError
 from .input import History, enable_completion, history_path, read_entry
 from .screen import Screen
-from .text import one_line
-
-INTERRUPTED = 130
-"""The exit status of a program that Ctrl-C ended."""
 
 
 class Chat:
@@ -280,8 +278,7 @@ def chat_interactively(chat: Chat, screen: Screen, history: History | None) -> i
     while True:
         try:
             entry = read_entry(screen.prompt, screen.continuation)
-            if history is not None:
-                history.save()
+            history = _kept(history, screen)
             if not session.handle(entry.text if entry.is_block else parse_input(entry.text)):
                 return 0
         except CommandError as error:
@@ -293,11 +290,26 @@ def chat_interactively(chat: Chat, screen: Screen, history: History | None) -> i
             return 0
 
 
+def _kept(history: History | None, screen: Screen) -> History | None:
+    """The history with what was just typed; None, with a note, once it cannot be kept any more."""
+    try:
+        if history is not None:
+            history.save()
+    except OSError as error:
+        _note_not_kept(error, screen)
+        return None
+    return history
+
+
 def open_history(environ: dict[str, str], screen: Screen) -> History | None:
     """The history of earlier sessions; None, with a note, where it cannot be kept."""
     try:
         return History(history_path(environ))
     except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        screen.note(f"what is typed is not kept for the next time: {reason} (--no-history says nothing about it)")
+        _note_not_kept(error, screen)
         return None
+
+
+def _note_not_kept(error: OSError | RuntimeError, screen: Screen) -> None:
+    reason = error.strerror if isinstance(error, OSError) else error
+    screen.note(f"what is typed is not kept for the next time: {reason} (--no-history says nothing about it)")

@@ -10,13 +10,13 @@ from typing import Any
 
 import aiohttp
 
+from ...model.text import one_line
+from ..client_events import EndlessEvent, EventSplitter, error_message, read_json, usage_of
 from .conversation import Usage
-from .text import one_line
 
 _CONNECT_TIMEOUT_S = 10.0
 _LIST_TIMEOUT_S = 30.0
 _MAX_ERROR_BYTES = 1 << 16
-_MAX_EVENT_BYTES = 1 << 22
 
 
 class ServerError(Exception):
@@ -39,39 +39,19 @@ class Piece:
     usage: Usage | None = None
 
 
-class EventParser:
-    """Server-sent events → the data of each, from bytes cut anywhere."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._data: list[bytes] = []
-
-    def feed(self, received: bytes) -> list[str]:
-        """Raises ServerError for an event that never ends."""
-        *lines, self._rest = (self._rest + received).split(b"\n")
-        events: list[str] = []
-        for line in lines:
-            line = line.removesuffix(b"\r")
-            if line.startswith(b"data:"):
-                self._data.append(line[5:].removeprefix(b" "))
-            elif not line and self._data:
-                events.append(b"\n".join(self._data).decode("utf-8", "replace"))
-                self._data = []
-        if len(self._rest) + sum(map(len, self._data)) > _MAX_EVENT_BYTES:
-            raise ServerError("the server sends an event that does not end")
-        return events
-
-
-def parse_piece(event: str) -> Piece:
+def parse_piece(event: bytes) -> Piece:
     """One event of a streamed chat completion. Raises ServerError for an error event, or what is no event."""
     try:
         chunk = json.loads(event)
     except (ValueError, RecursionError):
-        raise ServerError(f"the server sent an event that is not JSON: {one_line(event)[:80]}") from None
+        raise ServerError(
+            f"the server sent an event that is not JSON: {one_line(event[:1000].decode('utf-8', 'replace'), 80)}"
+        ) from None
     if not isinstance(chunk, dict):
         raise ServerError("the server sent an event that is not an object")
-    if chunk.get("error"):
-        raise ServerError(_error_message(chunk) or "the server reports an error", context_exceeded=_is_context(chunk))
+    message = error_message(chunk)
+    if message is not None:
+        raise ServerError(message or "the server reports an error", context_exceeded=_is_context(chunk))
     choices = chunk.get("choices")
     choice = _object(choices[0]) if isinstance(choices, list) and choices else {}
     delta = _object(choice.get("delta"))
@@ -80,7 +60,7 @@ def parse_piece(event: str) -> Piece:
         text=_text(delta.get("content")),
         reasoning=_text(delta.get("reasoning_content") or delta.get("reasoning")),
         finish_reason=one_line(finish_reason) if isinstance(finish_reason, str) else None,
-        usage=_usage(chunk.get("usage")),
+        usage=_usage(chunk),
     )
 
 
@@ -92,28 +72,18 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _usage(value: Any) -> Usage | None:
-    if not isinstance(value, dict):
+def _usage(chunk: dict[str, Any]) -> Usage | None:
+    """None where one of the two counts is missing."""
+    counted = usage_of(chunk)
+    if counted.prompt_tokens is None or counted.output_tokens is None:
         return None
-    details = value.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    prompt, completion = value.get("prompt_tokens"), value.get("completion_tokens")
-    if type(prompt) is not int or type(completion) is not int:
-        return None
-    return Usage(prompt, completion, cached if type(cached) is int else None)
-
-
-def _error_message(body: Any) -> str:
-    """The message of an error body: OpenAI's shape, or the bare strings that some servers send."""
-    error = body.get("error", body.get("detail")) if isinstance(body, dict) else None
-    message = error.get("message") if isinstance(error, dict) else error
-    return one_line(message) if isinstance(message, str) else ""
+    return Usage(counted.prompt_tokens, counted.output_tokens, counted.cached_tokens)
 
 
 def _is_context(body: Any) -> bool:
     error = body.get("error") if isinstance(body, dict) else None
     code = error.get("code") if isinstance(error, dict) else None
-    message = _error_message(body).lower()
+    message = (error_message(body) or "").lower()
     return code == "context_length_exceeded" or "context length" in message or "context window" in message
 
 
@@ -142,10 +112,11 @@ class ChatClient:
         except ValueError:
             raise self._foreign() from None
         listed = body.get("data") if isinstance(body, dict) else None
-        names = [item.get("id") for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
+        ids = [item.get("id") for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
+        names = [name for name in ids if isinstance(name, str)]
         if not names:
             raise ServerError(f"{self._base_url} offers no model; name one with --model")
-        return [name for name in names if isinstance(name, str)]
+        return names
 
     async def answer(self, body: dict[str, Any]) -> AsyncGenerator[Piece, None]:
         """Stream a chat completion. Closing the iterator closes the connection, which tells the server to stop."""
@@ -171,11 +142,8 @@ class ChatClient:
             received += part
             if len(received) > _MAX_ERROR_BYTES:
                 break
-        try:
-            body = json.loads(received)
-        except (ValueError, RecursionError):
-            body = None
-        message = _error_message(body) or f"{response.status} {one_line(response.reason or '')}".rstrip()
+        body = read_json(received)
+        message = error_message(body) or f"{response.status} {one_line(response.reason or '')}".rstrip()
         if response.status == 401:
             message += " (give the key with --api-key or OCTAVO_API_KEY)"
         raise ServerError(message, context_exceeded=_is_context(body))
@@ -194,11 +162,15 @@ class ChatClient:
 
 
 async def _pieces(response: aiohttp.ClientResponse) -> AsyncIterator[Piece]:
-    parser = EventParser()
+    splitter = EventSplitter()
     finished = False
     async for received in response.content.iter_any():
-        for event in parser.feed(received):
-            if event == "[DONE]":
+        try:
+            events = splitter.feed(received)
+        except EndlessEvent as error:
+            raise ServerError(str(error)) from None
+        for event in events:
+            if event == b"[DONE]":
                 return
             piece = parse_piece(event)
             finished = finished or piece.finish_reason is not None

@@ -12,8 +12,8 @@ try:
 except ImportError:  # a Python built without it: no editing and no history, but a chat all the same
     readline = None  # type: ignore[assignment]
 
+from ...model.text import without_surrogates
 from .commands import NAMES, SETTINGS
-from .text import without_surrogates
 
 QUOTES = '"""'
 _MAX_HISTORY_LINES = 2000

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 
-from .text import printable
+from ...model.text import printable
 
 
 def wants_color(environ: Mapping[str, str] | None = None) -> bool:

@@ -93,6 +93,28 @@ def test_panels_are_complete(name: str) -> None:
         assert f"**{panel['title']}**" in MANUAL, f"the manual does not explain {panel['title']}"
 
 
+RED_LINES = {
+    "K/V pool in use": "OctavoCacheNearlyFull",
+    "Engine's last message": "OctavoEngineSilent",
+    "Time to first token": "OctavoSlowFirstToken",
+    "Time between tokens": "OctavoSlowTokens",
+}
+"""Panel → the alert whose limit it draws."""
+
+
+def test_red_lines_are_the_limits_that_alerts_use() -> None:
+    limits = {alert["alert"]: alert["expr"] for alert in ALERTS}
+    drawn = set()
+    for dashboard in dashboards().values():
+        for panel in panels(dashboard):
+            steps = panel["fieldConfig"]["defaults"].get("thresholds", {}).get("steps", [])
+            for line in steps[1:] if panel["type"] == "timeseries" else []:
+                if line["color"] == "red":
+                    drawn.add(panel["title"])
+                    assert re.search(rf"> {line['value']}\b", limits[RED_LINES[panel["title"]]]), panel["title"]
+    assert drawn == RED_LINES.keys()
+
+
 @pytest.mark.parametrize("name", dashboards())
 def test_panels_lie_side_by_side(name: str) -> None:
     taken: dict[tuple[int, int], str] = {}

@@ -176,7 +176,7 @@ def test_of_a_repository_only_the_config_is_fetched(hub: FakeHub, tmp_path: Path
 @pytest.mark.parametrize(("name", "num_requests"), [("small.gguf", 1), ("large.gguf", 2)])
 def test_of_a_gguf_file_only_the_header_is_fetched(hub: FakeHub, tmp_path: Path, name: str, num_requests: int) -> None:
     done = plan(hub, tmp_path, f"org/name:{name}")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr  # gemma3 is not served: numbers, and no server
     model = json.loads(done.stdout)["model"]
     assert model["read"] == f"the header of {name}"
     assert model["stored_bytes"] == len(hub.files[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -136,9 +137,29 @@ def test_the_table_says_what_the_answers_say(concurrency: int) -> None:
     header = make_header(make_spec())
     plan = plan_model(header, make_request(concurrency=concurrency))
     for column in plan.columns:
-        asked = plan_model(header, make_request(context=column.context, concurrency=concurrency))
+        questions = {"context": column.context, "concurrency": concurrency}
+        settings = {"max_model_len": column.context, "max_num_seqs": concurrency}
+        asked = plan_model(header, make_request(**questions, **settings))
         assert asked.chosen.most_sequences.value == column.most_sequences
         assert asked.fits == (column.context <= plan.chosen.longest_context.value)
+
+
+def test_whether_it_fits_is_said_of_the_planned_pool_which_may_be_smaller_than_the_answers() -> None:
+    """The logits of 256 sequences take from the pool what four sequences need."""
+    header, questions = make_header(make_spec()), {"context": 8192, "concurrency": 4}
+    wide = plan_model(header, make_request(**questions, max_model_len=8192))
+    assert wide.chosen.num_blocks * 32 < 4 * 8192
+    assert (wide.chosen.most_sequences.value, wide.fits) == (4, False)
+    narrow = plan_model(header, make_request(**questions, max_model_len=8192, max_num_seqs=4))
+    assert (narrow.chosen.most_sequences.value, narrow.fits) == (4, True)
+
+
+def test_more_sequences_than_a_step_takes_never_run_at_once() -> None:
+    request = make_request(max_num_seqs=1000, max_num_batched_tokens=512, context=32, concurrency=1000)
+    plan = plan_model(make_header(make_spec(num_hidden_layers=1), num_parameters=10**6), request)
+    assert (plan.chosen.longest_context.value, plan.chosen.longest_context.by) == (0, "max-num-batched-tokens")
+    assert (plan.chosen.most_sequences.value, plan.chosen.most_sequences.by) == (512, "max-num-batched-tokens")
+    assert not plan.fits
 
 
 def test_a_step_bounds_the_sequences_and_the_model_the_context() -> None:
@@ -202,7 +223,7 @@ LAYERS = st.builds(
     trained_len=st.integers(1, 40000),
     free=st.integers(2**28, 2**36),
     pool=st.none() | st.integers(2**25, 2**27),
-    concurrency=st.integers(1, 300),
+    concurrency=st.integers(1, 1000),
     on_cuda=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
@@ -236,6 +257,8 @@ def test_answers_fit_and_one_more_does_not(
     layout, itemsize = header.kv_layout, dtype.itemsize
 
     def holds(num_seqs: int, context: int) -> bool:
+        if num_seqs > 512:
+            return False
         try:
             cache = fit(header, plan, max_num_seqs=num_seqs, max_model_len=context)
         except ModelError:
@@ -250,7 +273,15 @@ def test_answers_fit_and_one_more_does_not(
     assert longest.value == trained_len or not holds(concurrency, longest.value + 1)
     assert most.value == 0 or holds(most.value, plan.context)
     assert most.value == 512 or not holds(most.value + 1, plan.context)
-    assert (longest.by == "memory") == (longest.value < trained_len)
+    assert (longest.by == "max-num-batched-tokens") == (concurrency > 512)
+    assert (longest.by == "model") == (longest.value == trained_len)
+    answered = {"max_num_seqs": most.value, "max_model_len": plan.context, "context": plan.context}
+    if most.value:
+        assert plan_model(header, replace(request, concurrency=most.value, **answered)).fits
+    if most.value < 512:
+        more = answered | {"max_num_seqs": most.value + 1, "concurrency": most.value + 1}
+        with suppress(ModelError):  # nor would it start
+            assert not plan_model(header, replace(request, **more)).fits
 
 
 @given(

@@ -150,6 +150,54 @@ def test_windows_are_read_however_a_config_states_them(
     assert header.spec.max_position_embeddings == 4096
 
 
+def test_a_name_that_a_terminal_would_act_on_is_made_harmless(tmp_path: Path) -> None:
+    hostile = "Evil\x1b]0;owned\x07\nForCausalLM"
+    directory = write_config(tmp_path / "m", SMALL | {"architectures": [hostile]})
+    save_file({"model.embed_tokens.weight": torch.zeros(100, 64)}, directory / "model.safetensors")
+    write_gguf(tmp_path / "m.gguf", arch=hostile)
+    for name in (directory, tmp_path / "m.gguf"):
+        header = read_header(str(name))
+        assert header.spec.architecture == "Evil]0;owned ForCausalLM"
+        assert header.refusal is not None
+        assert header.refusal.isprintable()
+
+
+def test_settings_under_an_architectures_own_names_are_found(tmp_path: Path) -> None:
+    """GPT-2's config, as its makers wrote it: n_layer for num_hidden_layers, and no size of the product between."""
+    sizes = {"n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257}
+    values = sizes | {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+    header = read_header(str(write_config(tmp_path / "gpt2", values)))
+    assert header.num_parameters == 124_439_808
+    assert header.kv_layout.block_bytes(1, 2) == 12 * 2 * 768 * 2
+    assert (header.spec.max_position_embeddings, header.spec.intermediate_size) == (1024, 3072)
+    assert header.refusal is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_kv_heads"),
+    [
+        ({"architectures": ["GPTBigCodeForCausalLM"], "model_type": "gpt_bigcode", "n_head": 4, "n_embd": 64}, 1),
+        ({"architectures": ["FalconForCausalLM"], "model_type": "falcon", "multi_query": True}, 1),
+        (
+            {
+                "architectures": ["FalconForCausalLM"],
+                "model_type": "falcon",
+                "new_decoder_architecture": True,
+                "num_kv_heads": 2,
+            },
+            2,
+        ),
+    ],
+)
+def test_heads_that_share_keys_and_values_are_counted_once(
+    tmp_path: Path, settings: dict[str, Any], num_kv_heads: int
+) -> None:
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100}
+    header = read_header(str(write_config(tmp_path / "m", shape | settings)))
+    assert header.spec.num_key_value_heads == num_kv_heads
+    assert header.kv_layout.block_bytes(1, 2) == header.kv_layout.num_layers * 2 * num_kv_heads * 16 * 2
+
+
 def test_experts_are_all_weights(tmp_path: Path) -> None:
     values = SMALL | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 8}
     header = read_header(str(write_config(tmp_path / "m", values)))

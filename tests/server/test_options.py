@@ -65,6 +65,27 @@ def test_every_option_reaches_the_configuration() -> None:
         assert server_config(values, model_path="p", model_name="n") != plain, option.name
 
 
+def test_two_different_models_are_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "one.gguf", "--model", "another.gguf"]) == 2
+    assert capsys.readouterr().err == "octavo: two models are given, one.gguf and --model another.gguf; give one\n"
+
+
+@pytest.mark.parametrize("name", ["plan", "bench kv-cache", "bench roofline"])
+def test_commands_that_take_some_options_describe_them_as_serve_does(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    helps = []
+    for command in (name.split(), ["serve"]):
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        helps.append([line.split() for line in capsys.readouterr().out.splitlines()])
+    some, all_of_them = helps
+    shared = [line for line in some if line and line[-1].startswith("[OCTAVO_") and line[0].startswith("--")]
+    assert len(shared) >= 4
+    assert all(line in all_of_them for line in shared)
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("1024", 1024), ("1k", 1024), ("2KiB", 2048), ("1.5g", 3 * 2**29), ("8GiB", 2**33), ("1 TB", 2**40)],

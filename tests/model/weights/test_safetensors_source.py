@@ -11,10 +11,10 @@ import torch
 from octavo.model.spec import ModelError
 from octavo.model.weights.generation import read_generation_defaults
 from octavo.model.weights.gguf_source import open_gguf
-from octavo.model.weights.open import open_weights
+from octavo.model.weights.open import open_weights, read_spec
 from octavo.model.weights.resolve import ModelFiles
 from octavo.model.weights.safetensors_file import SafetensorsFile
-from octavo.model.weights.safetensors_source import open_safetensors
+from octavo.model.weights.safetensors_source import SafetensorsSource, open_safetensors
 from weight_files import HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, VOCAB, write_llama_gguf
 
 
@@ -60,6 +60,15 @@ def test_values_and_spec(saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
     source.close()
     with pytest.raises(ModelError, match="closed"):
         source.weight("model.norm.weight")
+
+
+def test_reading_the_shape_alone_closes_the_files(
+    saved: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[SafetensorsSource] = []
+    monkeypatch.setattr(SafetensorsSource, "close", lambda source: closed.append(source))
+    assert read_spec(str(saved[0])).vocab_size == VOCAB
+    assert len(closed) == 1
 
 
 def test_several_shards_and_an_untied_head(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from octavo.server.bench import load_probe, load_tables
 from octavo.server.bench.load_client import LoadClient, Record, open_session
 from octavo.server.bench.load_workload import PlannedRequest
 from octavo.server.cli import main
@@ -41,6 +43,11 @@ class Behaviour:
     ends_after: int = 10**9
     cached: int = 0
     api_key: str | None = None
+    version: str = "1.2.3"
+    look_ups: str = ""
+    """"drop" or "stall": what becomes of /version, /props and /metrics."""
+    said: str = f"scripted, for {KEY}"
+    """With errors of HTTP."""
     fails: Callable[[int], str | None] = lambda number: None
     """Number of the measured request → how it fails."""
 
@@ -78,6 +85,7 @@ class FakeServer:
             [
                 web.get("/v1/models", self._models),
                 web.get("/version", self._version),
+                web.get("/metrics", self._version),
                 web.post("/tokenize", self._tokenize),
                 web.post("/v1/completions", self._generate),
                 web.post("/v1/chat/completions", self._generate),
@@ -96,7 +104,12 @@ class FakeServer:
         return web.json_response({"data": [{"id": "fake-model", "owned_by": "tests"}]})
 
     async def _version(self, request: web.Request) -> web.Response:
-        return web.json_response({"version": "1.2.3"})
+        if self.behaviour.look_ups == "drop":
+            assert request.transport is not None
+            request.transport.abort()
+        if self.behaviour.look_ups == "stall":
+            await self._leaving.wait()
+        return web.json_response({"version": self.behaviour.version})
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -119,7 +132,7 @@ class FakeServer:
         self.bodies.append(body)
         failure = self.behaviour.fails(len(self.measured) - 1) if body is (self.measured or [None])[-1] else None
         if failure and failure.isdigit():
-            return web.json_response({"error": {"message": f"scripted, for {KEY}"}}, status=int(failure))
+            return web.json_response({"error": {"message": self.behaviour.said}}, status=int(failure))
         limit = body.get("max_tokens", body.get("max_completion_tokens"))
         num_tokens = limit if body.get("ignore_eos") else min(limit, self.behaviour.ends_after)
         if not body.get("stream"):
@@ -164,6 +177,9 @@ class FakeServer:
                 return response
             if failure == "malformed":
                 await send("oops")
+                return response
+            if failure == "endless":
+                await response.write(b"x" * 2**23)
                 return response
             if failure == "hang":
                 self.hanging.set()
@@ -331,6 +347,7 @@ def test_outputs_that_end_early_are_reported_as_shorter_than_planned(fake: FakeS
         ("reset", "connection reset", ""),
         ("error event", "error event", "out of blocks"),
         ("malformed", "malformed stream", "an event is no JSON object: oops"),
+        ("endless", "malformed stream", "an event that does not end"),
         ("cut", "stream cut short", "the stream ended without a finish_reason or [DONE]"),
         ("hang", "timeout", "no complete answer within 0.3 s"),
     ],
@@ -509,8 +526,82 @@ def test_a_place_that_cannot_be_written_is_noticed_before_anything_is_sent(
 ) -> None:
     path = tmp_path / "none" / "results.json"
     assert main(["bench", "serve", "--base-url", fake.url, "--output", str(path)]) == 2
-    assert "No such file or directory" in capsys.readouterr().err
+    assert "--output: there is no directory" in capsys.readouterr().err
     assert fake.bodies == []
+
+
+def test_a_run_that_never_began_leaves_no_file(bench: Bench, tmp_path: Path) -> None:
+    assert bench("http://127.0.0.1:9").status == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_are_written_even_if_they_cannot_be_shown(
+    fake: FakeServer, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("cannot be shown")
+
+    monkeypatch.setattr(load_tables, "print_report", fail)
+    with pytest.raises(RuntimeError, match="cannot be shown"):
+        bench(fake.url)
+    assert json.loads((tmp_path / "results.json").read_text("utf-8"))["complete"] is True
+    assert "## Throughput" in (tmp_path / "results.md").read_text("utf-8")
+
+
+def test_results_are_shown_even_if_they_cannot_be_written(
+    fake: FakeServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "results.json"
+    fake.behaviour = Behaviour(fails=lambda number: path.mkdir(exist_ok=True))
+    small = ["--concurrency", "1", "--num-requests", "1", "--warmup", "0", "--output-tokens", str(MEASURED_TOKENS)]
+    assert main(["bench", "serve", "--base-url", fake.url, *small, "--output", str(path)]) == 2
+    captured = capsys.readouterr()
+    assert "Throughput" in captured.out
+    assert f"octavo: cannot write {path}: Is a directory\n" in captured.err
+
+
+def test_a_reader_that_leaves_costs_no_results(fake: FakeServer, tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    command = [str(Path(sys.executable).with_name("octavo")), "bench", "serve", "--base-url", fake.url]
+    small = ["--concurrency", "1", "--num-requests", "1", "--warmup", "0", "--output-tokens", str(MEASURED_TOKENS)]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [*command, *small, "--output", str(output)],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    os.close(writing)
+    assert done.returncode == 141
+    assert b"Traceback" not in done.stderr
+    assert json.loads(output.read_text("utf-8"))["complete"] is True
+
+
+@pytest.mark.parametrize("look_ups", ["drop", "stall"])
+def test_a_gateway_that_answers_only_what_it_knows_is_measured(
+    fake: FakeServer, bench: Bench, monkeypatch: pytest.MonkeyPatch, look_ups: str
+) -> None:
+    monkeypatch.setattr(load_probe, "LOOK_UP_TIMEOUT_S", 0.1)
+    fake.behaviour = Behaviour(look_ups=look_ups)
+    outcome = bench(fake.url)
+    assert outcome.status == 0
+    assert outcome.level["num_ok"] == 6
+    (server,) = outcome.results["servers"]
+    assert (server["version"], server["cache_config"]) == (None, {})
+
+
+def test_what_a_server_says_is_neither_markup_nor_an_escape_sequence(fake: FakeServer, bench: Bench) -> None:
+    hostile = "\x1b]0;owned\x07 \\[/a-z] [bold]:smile:"
+    fake.behaviour = Behaviour(version=hostile, said=hostile, fails=lambda number: "500" if number == 1 else None)
+    outcome = bench(fake.url)
+    assert outcome.status == 0
+    shown = "]0;owned \\[/a-z] [bold]:smile:"
+    assert f"tests {shown}" in outcome.out
+    assert outcome.out.count(shown) == 2
+    for text in (outcome.out, outcome.err, outcome.markdown):
+        assert "\x1b" not in text
 
 
 def test_ctrl_c_reports_what_was_measured_until_then(fake: FakeServer, tmp_path: Path) -> None:

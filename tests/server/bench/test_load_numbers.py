@@ -24,8 +24,9 @@ from octavo.server.bench.load_stats import (
     tpot_s,
     ttft_s,
 )
-from octavo.server.bench.load_stream import EventSplitter, StreamReader, Usage, error_text
+from octavo.server.bench.load_stream import StreamReader, error_text
 from octavo.server.bench.load_tables import verdict
+from octavo.server.client_events import Usage
 
 
 def record(
@@ -155,20 +156,6 @@ def test_a_metric_that_one_server_lacks_is_not_compared() -> None:
     assert names == ["requests/s", "output tokens/s", "E2E p50", "E2E p99"]
 
 
-@given(st.data())
-def test_events_come_out_whole_however_they_are_cut(data: st.DataObject) -> None:
-    stream = b': ping\n\ndata: {"a":1}\r\n\r\nevent: x\ndata:{"b":2}\n\nerror: {"c":3}\n\ndata: [DONE]\n\ndata: lost'
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)))))
-    splitter = EventSplitter()
-    pieces = [stream[start:end] for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
-    assert [event for piece in pieces for event in splitter.feed(piece)] == [
-        b'{"a":1}',
-        b'{"b":2}',
-        b'{"c":3}',
-        b"[DONE]",
-    ]
-
-
 def event(text: str) -> bytes:
     return f"data: {text}\n\n".encode()
 
@@ -233,6 +220,7 @@ def test_error_bodies_are_cut_to_one_line() -> None:
     assert error_text(b'{"error": {"message": "too\\nlong"}}') == "too long"
     assert error_text(b"<html>\n" + b"x" * 500).startswith("<html> x")
     assert len(error_text(b"x" * 500)) == 200
+    assert error_text(b"\x1b[2Jgone \x9b") == "[2Jgone \ufffd"
 
 
 def test_usage_of_strange_types_is_no_usage() -> None:

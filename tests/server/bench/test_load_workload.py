@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from octavo.server.bench.load_client import Record
-from octavo.server.bench.load_run import Clock, Prepared, closed_loop, open_loop, turns
+from octavo.server.bench.load_probe import Target
+from octavo.server.bench.load_run import Clock, Prepared, Run, closed_loop, open_loop, turns
 from octavo.server.bench.load_settings import (
     ClosedLoop,
     LengthRange,
@@ -26,6 +27,7 @@ from octavo.server.bench.load_settings import (
 )
 from octavo.server.bench.load_workload import (
     WORDS,
+    FilePrompt,
     PlannedRequest,
     PromptMaker,
     TextWords,
@@ -415,3 +417,48 @@ def test_a_closed_loop_begins_nothing_after_its_time_but_waits_for_what_is_open(
 def test_two_servers_take_turns_so_that_drift_hits_both() -> None:
     assert turns(2, 4) == [[0, 1], [1, 0], [0, 1], [1, 0]]
     assert turns(1, 2) == [[0], [0]]
+
+
+class TimedClient:
+    """A server each of whose answers takes so long; `rounds` holds the prompts of each round."""
+
+    def __init__(self, clock: VirtualClock, answer_s: float) -> None:
+        self.clock, self.answer_s = clock, answer_s
+        self.rounds: list[list[object]] = []
+
+    def body(self, request: PlannedRequest) -> bytes:
+        return b""
+
+    async def send(self, request: PlannedRequest, body: bytes, intended_s: float | None) -> Record:
+        self.rounds[-1].append(request.prompt)
+        self.clock.now_s += self.answer_s
+        return Record(None, 1, self.clock.now_s, self.clock.now_s)
+
+
+class RoundStarts:
+    """A `Progress` that tells the clients apart by the titles of their rounds."""
+
+    def __init__(self, clients: dict[str, TimedClient]) -> None:
+        self.clients = clients
+
+    def begin_round(self, title: str, *_: object) -> None:
+        self.clients[title[0]].rounds.append([])
+
+    def finished(self, record: Record) -> None:
+        pass
+
+    def end_round(self, *_: object) -> None:
+        pass
+
+
+def test_rounds_against_the_clock_begin_at_the_same_prompt_of_the_file_on_both_servers() -> None:
+    settings = read_settings(
+        {"prompts": "f", "compare": "http://b", "concurrency": "1", "duration": "6", "rounds": "3", "warmup": "0"}, {}
+    )
+    clock = VirtualClock()
+    clients = {"A": TimedClient(clock, 1.0), "B": TimedClient(clock, 3.0)}
+    targets: list[Any] = [Target(client, None, None) for client in clients.values()]  # type: ignore[arg-type]
+    prompts = [FilePrompt(str(index), 1) for index in range(100)]
+    asyncio.run(Run(settings, targets, RoundStarts(clients), prompts, clock.clock()).run())
+    assert clients["A"].rounds == [[str(index) for index in range(start, start + 6)] for start in (0, 6, 12)]
+    assert clients["B"].rounds == [[str(start), str(start + 1)] for start in (0, 6, 12)]

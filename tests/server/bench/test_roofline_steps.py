@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from octavo.model.config import ModelConfig
+from octavo.model.memory import FreeMemory
 from octavo.model.spec import ModelError
 from octavo.server.bench import ceilings, roofline_steps
 from octavo.server.bench.roofline import StepShape
@@ -46,7 +47,8 @@ def test_what_does_not_fit_is_left_out_and_nothing_fitting_is_an_error(
 ) -> None:
     small, large = StepShape(1, 40, 1), StepShape(8, 40, 1)
     needed = bench(tiny_checkpoint, [small]).pool_bytes(small)
-    monkeypatch.setattr(roofline_steps, "_free_bytes", lambda device: int(needed / 0.6) + 1)
+    free = FreeMemory("cpu", int(needed / 0.6) + 1, 2**40)
+    monkeypatch.setattr(roofline_steps, "free_memory", lambda device: free)
     steps = bench(tiny_checkpoint, [small, large])
     assert steps.fitting == [small]
     assert len(steps.measure(small, 1)) == 1

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from octavo.server.bench import ceilings, kv_cache_engine, kv_cache_measure
+from octavo.server.bench import ceilings, kv_cache_engine, kv_cache_measure, kv_cache_report, roofline_steps
 from octavo.server.bench.kv_cache import Parting
 from octavo.server.cli import main
 
@@ -110,6 +110,35 @@ def test_roofline_shows_and_writes_what_it_measured(
     assert content["skipped"] == []
 
 
+def test_results_are_written_even_if_they_cannot_be_shown(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("cannot be shown")
+
+    monkeypatch.setattr(kv_cache_report, "print_report", fail)
+    small = ["--prompt-tokens", "4", "--output-tokens", "2", "--repeats", "1"]
+    with pytest.raises(RuntimeError, match="cannot be shown"):
+        kv_cache(model, *small, "--json", str(tmp_path / "r.json"))
+    assert json.loads((tmp_path / "r.json").read_text())["measurement"] == "kv-cache"
+
+
+@pytest.mark.usefixtures("small_ceilings")
+def test_results_are_shown_even_if_they_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The directory's name would be markup, and is shown as it is.
+    directory = tmp_path / "my[bold]model"
+    directory.mkdir()
+    model = str(save_tiny_checkpoint(directory))
+    result = tmp_path / "r.json"
+    monkeypatch.setattr(roofline_steps.StepBench, "measure", lambda *_: result.mkdir(exist_ok=True) or [1.0])
+    assert roofline(model, "--batch", "1", "--context", "8", "--prefill", "4", "--json", str(result)) == 2
+    captured = capsys.readouterr()
+    assert "my[bold]model, float32" in captured.out
+    assert f"octavo: cannot write {result}: Is a directory\n" in captured.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -163,6 +192,8 @@ def test_a_model_that_is_not_there_ends_in_one_line(capsys: pytest.CaptureFixtur
     for measurement in ("kv-cache", "roofline"):
         assert main(["bench", measurement, "--model", "./nowhere"]) == 1
         assert one_line(capsys, "no such file or directory")
+    assert main(["bench", "roofline", "--model", "./no\x1b[2Jwhere"]) == 1
+    assert one_line(capsys, "no[2Jwhere")
 
 
 def test_an_interrupt_ends_both_with_status_130_and_nothing_more(

@@ -36,8 +36,8 @@ def model(tmp_path: Path) -> str:
     return str(directory)
 
 
-def as_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    assert main(["plan", *arguments, "--json"]) == 0
+def as_json(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> dict[str, Any]:
+    assert main(["plan", *arguments, "--json"]) == status
     plan: dict[str, Any] = json.loads(capsys.readouterr().out)
     return plan
 
@@ -89,6 +89,36 @@ def test_the_servers_environment_counts_and_the_command_line_wins(
     assert (server["block_size"], server["max_num_seqs"]) == (16, 9)
 
 
+def test_the_printed_command_carries_every_setting_that_is_not_the_default(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "settings.yaml"
+    config.write_text("enable_prefix_caching: false\nkernel_backend: reference\n")
+    command = as_json(capsys, model, *ON_CUDA, "--config", str(config))["server"]["command"]
+    assert "--no-enable-prefix-caching" in command
+    assert command[command.index("--kernel-backend") + 1] == "reference"
+    plain = as_json(capsys, model, *ON_CUDA)["server"]["command"]
+    assert "--kernel-backend" not in plain
+    assert not any("prefix" in word for word in plain)
+
+
+@pytest.mark.parametrize("question", [("--context", "8192"), ("--context", "8192", "--concurrency", "4")])
+def test_an_answer_that_the_planned_server_does_not_hold_comes_with_the_settings_of_one_that_does(
+    model: str, capsys: pytest.CaptureFixture[str], question: tuple[str, ...]
+) -> None:
+    wide = ("--max-num-seqs", "256")
+    assert main(["plan", model, *ON_CUDA, *question, *wide]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Its pool is sized for 256 ")]
+    found = re.search(r"To hold (\d+) of (\d+) tokens at once, plan with (.*)\.$", line)
+    assert found is not None
+    number, length, settings = found.groups()
+    asked = ("--context", length, "--concurrency", number)
+    assert main(["plan", model, *ON_CUDA, *asked, *settings.split()]) == 0
+    text = capsys.readouterr().out
+    assert f"asked    {number} sequences of {length} tokens fit at once" in text
+    assert "Its pool is sized" not in text
+
+
 def test_what_does_not_fit_is_said(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", model, *ON_CUDA, "--context", "32768", "--concurrency", "16"]) == 0
     text = capsys.readouterr().out
@@ -102,12 +132,12 @@ def test_a_model_that_is_not_served_gets_numbers_but_no_command(
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 99}
     config = LLAMA_8B | small | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert main(["plan", str(tmp_path), *ON_CUDA]) == 0
+    assert main(["plan", str(tmp_path), *ON_CUDA]) == 1  # what `octavo serve` would end with
     text = capsys.readouterr().out
     assert "this release does not serve MistralForCausalLM yet" in text
     assert "window of 64" in text
     assert "octavo serve" not in text
-    assert as_json(capsys, str(tmp_path), *ON_CUDA)["server"]["command"] is None
+    assert as_json(capsys, str(tmp_path), *ON_CUDA, status=1)["server"]["command"] is None
 
 
 @pytest.mark.parametrize(

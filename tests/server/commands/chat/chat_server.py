@@ -68,6 +68,18 @@ def breaks_after(text: str, message: str | None = None) -> Reply:
     return reply
 
 
+def never_ends(text: str) -> Reply:
+    """Some text, then an event that goes on until the client leaves."""
+
+    async def reply(_: web.Request, stream: web.StreamResponse) -> None:
+        await send_text(stream, text)
+        await stream.write(b"data: ")
+        while True:
+            await stream.write(b"x" * 2**16)
+
+    return reply
+
+
 class _Refusal(Exception):
     def __init__(self, status: int, body: bytes) -> None:
         self.status, self.body = status, body
@@ -78,7 +90,7 @@ class FakeChatServer:
 
     def __init__(self) -> None:
         self.replies: list[Reply] = [says("Hello")]
-        self.models = ["tiny", "other"]
+        self.models: list[str | None] = ["tiny", "other"]
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.left = threading.Event()

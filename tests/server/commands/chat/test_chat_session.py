@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from chat_server import COMMAND, FakeChatServer, Terminal, breaks_after, refuses, says
-from octavo.server.commands.chat import _api_key, _base_url
-from octavo.server.options import OptionError
+from chat_server import COMMAND, FakeChatServer, Terminal, breaks_after, never_ends, refuses, says
 
 
 def octavo(
@@ -77,7 +76,8 @@ def test_an_answer_that_was_cut_off_says_so_beside_it(server: FakeChatServer, en
         ((), "there is nothing to ask"),
         (("--base-url", "localhost:8000", "hi"), "--base-url: expected an address"),
         (("--set", "temprature=1", "hi"), "--set: unknown setting 'temprature'; did you mean temperature?"),
-        (("--api-key", "a\nb", "hi"), "--api-key: expected printable"),
+        (("--api-key", "a\nb", "hi"), "--api-key: a key consists of visible ASCII"),
+        (("--base-url", "http://me:secret@host", "hi"), "--base-url: expected an address without user name"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(
@@ -100,13 +100,35 @@ def test_without_a_server_it_says_how_to_start_one(env: dict[str, str]) -> None:
 
 
 def test_failures_keep_what_had_arrived_and_end_with_status_1(server: FakeChatServer, env: dict[str, str]) -> None:
-    server.replies = [breaks_after("Half", "the engine died"), breaks_after("Half"), refuses(401, "Wrong key.")]
-    for message in ("the engine died", "ended the answer before it was finished", "Wrong key. (give the key with"):
+    for reply, out, message in [
+        (breaks_after("Half", "the engine died"), b"Half\n", "the engine died"),
+        (breaks_after("Half"), b"Half\n", "ended the answer before it was finished"),
+        (never_ends("Half"), b"Half\n", "sends an event that does not end"),
+        (refuses(401, "Wrong key."), b"", "Wrong key. (give the key with"),
+    ]:
+        server.replies = [reply]
         done = octavo("hi", env=env)
-        assert done.returncode == 1
-        assert done.stdout in (b"Half\n", b"")
+        assert (done.returncode, done.stdout) == (1, out)
         assert message in done.stderr.decode()
         assert done.stderr.count(b"\n") == 1
+
+
+def test_a_list_without_a_usable_name_offers_no_model(server: FakeChatServer, env: dict[str, str]) -> None:
+    server.models = [None]
+    done = octavo("hi", env=env)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"offers no model; name one with --model" in done.stderr
+    assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(("question", "status", "out"), [("hi", 0, b"Hello\n"), ("", 2, b"")])
+def test_a_closed_standard_input_is_no_input(
+    server: FakeChatServer, env: dict[str, str], question: str, status: int, out: bytes
+) -> None:
+    script = f'exec "$0" chat {question} <&-'
+    done = subprocess.run(["sh", "-c", script, COMMAND], capture_output=True, env=env, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (status, out)
+    assert b"Traceback" not in done.stderr
 
 
 def test_a_reader_that_leaves_ends_it_quietly(server: FakeChatServer, env: dict[str, str]) -> None:
@@ -120,34 +142,6 @@ def test_a_reader_that_leaves_ends_it_quietly(server: FakeChatServer, env: dict[
     os.close(reading)
     _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (141, b"")
-
-
-@pytest.mark.parametrize(
-    ("given", "base"),
-    [
-        ("http://host:1234", "http://host:1234/v1"),
-        ("http://host:1234/", "http://host:1234/v1"),
-        ("https://host/v1/", "https://host/v1"),
-        ("https://host/api/v3", "https://host/api/v3"),
-    ],
-)
-def test_the_version_is_added_to_an_address_without_a_path(given: str, base: str) -> None:
-    assert _base_url(given, {}) == base
-    assert _base_url(None, {"OCTAVO_BASE_URL": given}) == base
-
-
-@pytest.mark.parametrize("given", ["", "host", "ftp://host", "http://", "http://host:99999", "http://host/?a=1"])
-def test_an_address_that_is_none_is_refused(given: str) -> None:
-    with pytest.raises(OptionError, match="--base-url"):
-        _base_url(given, {})
-
-
-def test_the_key_comes_from_the_first_place_that_has_one() -> None:
-    both = {"OCTAVO_API_KEY": "a, b", "OPENAI_API_KEY": "c"}
-    assert _api_key("given", both) == "given"
-    assert _api_key(None, both) == "a"
-    assert _api_key(None, {"OCTAVO_API_KEY": "", "OPENAI_API_KEY": "c"}) == "c"
-    assert _api_key(None, {}) is None
 
 
 def test_a_session_at_a_terminal(
@@ -230,6 +224,25 @@ def test_a_later_session_remembers_what_was_typed(
     at.send("\x04")
     assert at.wait() == 0
     assert "a secret" not in path.read_text()
+
+
+def test_a_history_that_is_gone_costs_a_note_and_not_the_conversation(
+    server: FakeChatServer, env: dict[str, str], terminal: Callable[..., Terminal]
+) -> None:
+    at = terminal("chat")
+    at.expect("> ")
+    shutil.rmtree(Path(env["XDG_STATE_HOME"], "octavo"))
+    at.send("one\n")
+    at.expect(r"what is typed is not kept for the next time: No such file or directory")
+    at.expect("Hello")
+    at.expect("> ")
+    at.send("two\n")
+    at.expect("Hello")
+    at.expect("> ")
+    at.send("\x04")
+    assert at.wait() == 0
+    assert at.output.count("is not kept") == 1
+    assert contents(server.requests[1]) == ["one", "Hello", "two"]
 
 
 def test_failures_leave_the_session_and_its_history_as_they_were(

@@ -191,6 +191,15 @@ def test_what_cannot_be_had_is_said_in_one_line(
     assert hub_here.downloads == []
 
 
+def test_a_name_that_a_terminal_would_act_on_is_made_harmless(hub_here: FakeHub, tiny_llama: dict[str, bytes]) -> None:
+    config = json.loads(tiny_llama["config.json"]) | {"architectures": ["Evil\x1b]0;owned\x07"]}
+    hub_here.add("tiny/evil", tiny_llama | {"config.json": json.dumps(config).encode()})
+    text = report(pull("tiny/evil"), "tiny/evil")
+    assert "architecture  Evil]0;owned\n" in text
+    assert "the model's architecture Evil]0;owned is not supported" in text
+    assert "\x1b" not in text
+
+
 def test_a_commit_can_be_named(hub_here: FakeHub) -> None:
     commit = hub_here.repositories["tiny/llama"].commit
     assert pull(f"tiny/llama@{commit}").files.name == f"tiny/llama@{commit}"

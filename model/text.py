@@ -1,8 +1,6 @@
-"""What comes from a server, made fit for a terminal: a model may be talked into writing anything."""
+"""What comes from a server or a file, made fit for a terminal: anybody may have written it. Torch-free."""
 
 from __future__ import annotations
-
-_MAX_LINE_CHARS = 500
 
 # C0 and C1 control characters and DEL: without them no escape sequence begins. Newline and tab are text. Halves of
 # surrogate pairs, which JSON can carry, cannot be encoded.
@@ -16,10 +14,10 @@ def printable(text: str) -> str:
     return text.translate(_REPLACED)
 
 
-def one_line(text: str) -> str:
+def one_line(text: str, max_chars: int = 500) -> str:
     """Printable, in one line of bounded length."""
     line = " ".join(printable(text).split())
-    return line if len(line) <= _MAX_LINE_CHARS else line[:_MAX_LINE_CHARS] + "…"
+    return line if len(line) <= max_chars else line[: max_chars - 1] + "…"
 
 
 def without_surrogates(text: str) -> str:
