@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -24,6 +24,10 @@ class AttentionSpec:
     num_kv_heads: int
     head_dim: int
     scale: float
+    window: int = 0
+    """Keys that a query sees at most, itself included; 0: all before it."""
+    soft_cap: float = 0.0
+    """Scores s become cap * tanh(s / cap); 0: as they are."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -47,6 +51,33 @@ class AttentionInputs:
     positions: torch.Tensor  # int64 [num_tokens]
     slots: torch.Tensor  # int64 [num_tokens], block id * block_size + offset where each token's K/V goes
     block_tables: torch.Tensor  # int64 [num_rows, max_blocks], padded with block 0, which no sequence owns
+
+
+@dataclass(slots=True, frozen=True)
+class DecodeInputs:
+    """As AttentionInputs, for a step of one query per row whose numbers exist on the device only: what a captured step
+    reads. A padded row has a length of 0 and a slot of -1; nothing is read or written for it."""
+
+    max_kv_len: int
+    """No row's K/V is longer."""
+    workspace: Any
+    """As `decode_workspace` made it, for at least so many rows and so long a K/V."""
+    kv_lens: torch.Tensor  # int32 [num_rows], this step's token included
+    positions: torch.Tensor  # int64 [num_rows]
+    slots: torch.Tensor  # int64 [num_rows], block id * block_size + offset where each token's K/V goes
+    block_tables: torch.Tensor  # int32 [num_rows, max_blocks]
+
+
+@dataclass(slots=True, frozen=True)
+class DrawParameters:
+    """What the rows of a batch ask for, on the device. [num_rows] each."""
+
+    temperatures: torch.Tensor  # fp32, 0: greedy
+    top_ks: torch.Tensor  # int32, 0: all
+    top_ps: torch.Tensor  # fp32
+    min_ps: torch.Tensor  # fp32
+    seeds: torch.Tensor  # int64, the bits of the unsigned seed
+    positions: torch.Tensor  # int64, of the token to draw in its sequence
 
 
 class KernelBackend(Protocol):
@@ -101,10 +132,10 @@ class KernelBackend(Protocol):
         ...
 
     def attention_workspace_bytes(
-        self, spec: AttentionSpec, block_size: int, max_num_batched_tokens: int, max_model_len: int
+        self, spec: AttentionSpec, block_size: int, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int
     ) -> int:
         """An upper estimate of what planning and attending allocate beside q, K/V and the output of a layer, over any
-        one step of so many tokens whose longest sequence has `max_model_len`."""
+        one step of so many tokens and rows whose longest sequence has `max_model_len`."""
         ...
 
     def rope_and_write_kv(
@@ -131,4 +162,23 @@ class KernelBackend(Protocol):
 
     def copy_blocks(self, pool: torch.Tensor, sources: Sequence[int], targets: Sequence[int]) -> None:
         """pool [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]: targets := sources, all layers."""
+        ...
+
+
+@runtime_checkable
+class DeviceBackend(KernelBackend, Protocol):
+    """A backend whose decode steps need nothing of the host while they run, so that they can be captured and replayed
+    (CUDA graphs), and launched before the step before them has been looked at."""
+
+    def decode_workspace(self, spec: AttentionSpec, block_size: int, max_num_rows: int, max_kv_len: int) -> Any:
+        """What captured steps share, allocated once: they never run side by side."""
+        ...
+
+    def plan_decode(self, inputs: DecodeInputs, spec: AttentionSpec, block_size: int) -> Any:
+        """As `plan_attention`, from device tensors alone."""
+        ...
+
+    def draw(self, logits: torch.Tensor, parameters: DrawParameters) -> torch.Tensor:
+        """logits [num_rows, vocab] → token ids int64 [num_rows], -1 for a row with a NaN: the tokens that the model
+        room's sampler draws."""
         ...

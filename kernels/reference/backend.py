@@ -61,7 +61,7 @@ class ReferenceBackend:
         return attention.plan(inputs, spec, block_size, self.dtype)
 
     def attention_workspace_bytes(
-        self, spec: AttentionSpec, block_size: int, max_num_batched_tokens: int, max_model_len: int
+        self, spec: AttentionSpec, block_size: int, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int
     ) -> int:
         return attention.workspace_bytes(
             spec, block_size, max_num_batched_tokens, max_model_len, self.dtype, self.device

@@ -1,0 +1,150 @@
+"""The GPU's backend: attention, norms and activations in Triton, dense products by the vendor's library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..backend import AttentionInputs, AttentionSpec, DecodeInputs, DrawParameters
+from ..reference.backend import ReferenceBackend
+from .decode import DecodeWorkspace, max_splits, paged_decode
+from .elementwise import add_rms_norm, gated, rms_norm
+from .prefill import paged_prefill, prefill_tiles
+from .rope import rope_write
+from .sampling import draw
+from .tuning import decode_config, prefill_config
+
+
+@dataclass(slots=True, frozen=True)
+class TritonPlan:
+    """What all attention layers of one step share."""
+
+    num_decode_rows: int
+    positions: torch.Tensor  # integers [num_tokens]
+    slots: torch.Tensor  # integers [num_tokens]
+    block_tables: torch.Tensor  # int32 [num_rows, max_blocks]
+    kv_lens: torch.Tensor  # int32 [num_rows]
+    workspace: DecodeWorkspace | None
+    """None without decode rows."""
+    query_starts: torch.Tensor | None  # int32 [num_rows + 1]; None without prefill rows
+    tile_rows: torch.Tensor | None  # int32 [num_tiles]; None without prefill rows
+    tile_firsts: torch.Tensor | None  # int32 [num_tiles]
+
+
+class TritonBackend(ReferenceBackend):
+    """Implements `KernelBackend`; products, look-up and copies are those of plain torch, which calls the same libraries
+    as anybody would. Compiles each kernel at its first use."""
+
+    name = "triton"
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(device, dtype)
+        # Without a GPU the kernels run under Triton's interpreter or not at all: any entry of the table will do.
+        has_gpu = device.type == "cuda" and torch.cuda.is_available()
+        self._capability = torch.cuda.get_device_capability(device) if has_gpu else (8, 0)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return rms_norm(x, weight, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_rms_norm(x, residual, weight, eps), residual
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return gated(gate_up, "silu")
+
+    def plan_attention(self, inputs: AttentionInputs, spec: AttentionSpec, block_size: int) -> TritonPlan:  # type: ignore[override]
+        num_decode = inputs.num_decode_rows
+        workspace = None
+        if num_decode:
+            config = decode_config(spec, block_size, self.dtype, self._capability)
+            splits = max_splits(max(inputs.context_lens[:num_decode]), spec.window, config.chunk)
+            workspace = DecodeWorkspace.allocate(num_decode, splits, spec, self.device)
+        tile_rows = tile_firsts = None
+        if num_decode < inputs.num_rows:
+            prefill = prefill_config(spec, block_size, self.dtype, self._capability)
+            tiles = prefill_tiles(inputs.query_lens, num_decode, spec, prefill)
+            tile_rows, tile_firsts = self._upload(np.stack((tiles.rows, tiles.firsts)))
+        return TritonPlan(
+            num_decode_rows=num_decode,
+            positions=inputs.positions,
+            slots=inputs.slots,
+            block_tables=inputs.block_tables.to(torch.int32),
+            kv_lens=inputs.kv_lens.to(torch.int32),
+            workspace=workspace,
+            query_starts=inputs.query_starts.to(torch.int32),
+            tile_rows=tile_rows,
+            tile_firsts=tile_firsts,
+        )
+
+    def decode_workspace(
+        self, spec: AttentionSpec, block_size: int, max_num_rows: int, max_kv_len: int
+    ) -> DecodeWorkspace:
+        config = decode_config(spec, block_size, self.dtype, self._capability)
+        splits = max_splits(max_kv_len, spec.window, config.chunk)
+        return DecodeWorkspace.allocate(max_num_rows, splits, spec, self.device)
+
+    def plan_decode(self, inputs: DecodeInputs, spec: AttentionSpec, block_size: int) -> TritonPlan:
+        config = decode_config(spec, block_size, self.dtype, self._capability)
+        splits = max_splits(inputs.max_kv_len, spec.window, config.chunk)
+        num_rows = inputs.kv_lens.shape[0]
+        return TritonPlan(
+            num_decode_rows=num_rows,
+            positions=inputs.positions,
+            slots=inputs.slots,
+            block_tables=inputs.block_tables,
+            kv_lens=inputs.kv_lens,
+            workspace=inputs.workspace.shaped(splits),
+            query_starts=None,
+            tile_rows=None,
+            tile_firsts=None,
+        )
+
+    def draw(self, logits: torch.Tensor, parameters: DrawParameters) -> torch.Tensor:
+        return draw(logits, parameters, truncated=True)
+
+    def _upload(self, array: npt.NDArray[np.int32]) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        # Only from pinned memory does the copy run beside the host's work.
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def attention_workspace_bytes(
+        self, spec: AttentionSpec, block_size: int, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int
+    ) -> int:
+        config = decode_config(spec, block_size, self.dtype, self._capability)
+        splits = max_splits(max_model_len, spec.window, config.chunk)
+        # One for steps as they come, one that captured steps share.
+        num_rows = 2 * min(max_num_seqs, max_num_batched_tokens)
+        partials = num_rows * spec.num_heads * splits * (spec.head_dim + 1) * 4 if splits > 1 else 0
+        return partials + max_num_batched_tokens * spec.num_heads * spec.head_dim * self.dtype.itemsize
+
+    def rope_and_write_kv(  # type: ignore[override]
+        self,
+        qkv: torch.Tensor,
+        rope_table: torch.Tensor,
+        kv_layer: torch.Tensor,
+        plan: TritonPlan,
+        spec: AttentionSpec,
+    ) -> torch.Tensor:
+        return rope_write(qkv, rope_table, plan.positions, plan.slots, kv_layer, spec)
+
+    def attention(  # type: ignore[override]
+        self, q: torch.Tensor, kv_layer: torch.Tensor, plan: TritonPlan, spec: AttentionSpec
+    ) -> torch.Tensor:
+        num_decode, block_size = plan.num_decode_rows, kv_layer.shape[3]
+        out = torch.empty((q.shape[0], spec.num_heads * spec.head_dim), dtype=q.dtype, device=q.device)
+        if plan.workspace is not None:
+            config = decode_config(spec, block_size, self.dtype, self._capability)
+            paged_decode(
+                q[:num_decode], kv_layer, plan.block_tables, plan.kv_lens, out, plan.workspace, spec, config
+            )  # fmt: skip
+        if plan.tile_rows is not None and plan.tile_firsts is not None and plan.query_starts is not None:
+            paged_prefill(
+                q, kv_layer, plan.block_tables, plan.kv_lens, plan.query_starts, plan.tile_rows, plan.tile_firsts, out,
+                spec, prefill_config(spec, block_size, self.dtype, self._capability)
+            )  # fmt: skip
+        return out
