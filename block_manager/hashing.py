@@ -46,6 +46,7 @@ class BlockHashes:
     def parent(self, index: int) -> bytes:
         return self.hashes[index - 1] if index > 0 else self.root
 
-    def take_over(self, other: BlockHashes) -> None:
-        """Start from what another sequence with the same salt and the same tokens so far has hashed already."""
-        self.hashes, self.tokens = list(other.hashes), list(other.tokens)
+    def take_over(self, other: BlockHashes, num_tokens: int) -> None:
+        """Start from what another sequence with the same salt and the same first `num_tokens` has hashed already."""
+        num_full = num_tokens // self._block_size
+        self.hashes, self.tokens = other.hashes[:num_full], other.tokens[:num_full]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from .spec import ModelError
@@ -52,3 +56,17 @@ def _cpu_flags() -> frozenset[str]:
         if key.strip() == "flags":
             return frozenset(value.split())
     return frozenset()
+
+
+def ids_to_device(ids: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int64 [n]. A tensor made on the device from a list would wait for all that is queued there."""
+    return to_device(np.array(ids, np.int64), device)
+
+
+def to_device(array: npt.NDArray[np.generic[Any]], device: torch.device) -> torch.Tensor:
+    """A copy on the device, or the array itself on a CPU."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        # Only from pinned memory does the copy run beside the host's work.
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor

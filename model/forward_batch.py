@@ -12,6 +12,7 @@ import torch
 from ..kernels.backend import AttentionInputs
 from ..scheduler.batch import ScheduledBatch, ScheduledRow
 from .block_tables import BlockTables
+from .device import to_device
 
 _Ints = npt.NDArray[np.int64]
 
@@ -52,29 +53,26 @@ def build_forward_batch(
         max_query_len=int(query_lens[batch.num_decode_rows :].max(initial=0)),
         query_lens=query_lens.tolist(),
         context_lens=context_lens.tolist(),
-        query_starts=_to_device(query_starts, device),
-        kv_lens=_to_device(context_lens, device),
-        positions=_to_device(positions, device),
-        slots=_to_device(slots, device),
-        block_tables=_to_device(tables, device),
+        query_starts=to_device(query_starts, device),
+        kv_lens=to_device(context_lens, device),
+        positions=to_device(positions, device),
+        slots=to_device(slots, device),
+        block_tables=to_device(tables, device),
     )
     return ForwardBatch(
-        token_ids=_to_device(_token_ids(batch, num_tokens), device),
+        token_ids=to_device(_token_ids(batch, num_tokens), device),
         attention=attention,
-        logits_indices=_to_device(query_starts[1:][draws] - 1, device),
+        logits_indices=to_device(query_starts[1:][draws] - 1, device),
         drawing_rows=[row for row in rows if row.draws_token],
     )
 
 
 def _token_ids(batch: ScheduledBatch, num_tokens: int) -> _Ints:
-    """The tokens run in this step. [num_tokens]"""
-    pieces = (row.token_ids[row.num_computed_tokens : row.num_tokens_after] for row in batch.rows)
+    """The tokens run in this step, 0 for one that the host does not know yet. [num_tokens]"""
+    pieces = (
+        [*row.token_ids[row.num_computed_tokens : row.num_tokens_after], *([0] * row.num_unknown_tokens)]
+        if row.num_unknown_tokens
+        else row.token_ids[row.num_computed_tokens : row.num_tokens_after]
+        for row in batch.rows
+    )
     return np.fromiter(itertools.chain.from_iterable(pieces), np.int64, num_tokens)
-
-
-def _to_device(array: _Ints, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        # Only from pinned memory does the copy run beside the host's work.
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
-from ..kernels.backend import AttentionInputs, KernelBackend
+from ..kernels.backend import AttentionSpec, KernelBackend
 from .layers import (
     Embedding,
     Linear,
@@ -45,7 +46,7 @@ class LlamaForCausalLM:
     ) -> None:
         """Loads everything; the source was checked against `parameters`. `progress` gets the share done, 0 to 1."""
         self._backend = backend
-        self._attention_spec = attention_spec(spec)
+        self.attention_spec: AttentionSpec = attention_spec(spec)
         self._embedding = Embedding(backend, source.weight(_EMBEDDING))
         self._layers: list[LlamaLayer] = []
         for index in range(spec.num_hidden_layers):
@@ -76,10 +77,9 @@ class LlamaForCausalLM:
     def _make_rope_table(self, max_positions: int) -> torch.Tensor:
         return rope_table(self._spec.rope, max_positions, self._backend.device)
 
-    def forward(self, token_ids: torch.Tensor, attention: AttentionInputs, kv_pool: torch.Tensor) -> torch.Tensor:
+    def forward(self, token_ids: torch.Tensor, plan: Any, kv_pool: torch.Tensor) -> torch.Tensor:
         if self._rope_table is None:
             self._rope_table = self._make_rope_table(self._spec.max_position_embeddings)
-        plan = self._backend.plan_attention(attention, self._attention_spec, kv_pool.shape[4])
         residual = self._embedding(token_ids)  # [num_tokens, hidden]
         x = self._layers[0].input_norm(residual)
         for index, layer in enumerate(self._layers):

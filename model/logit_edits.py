@@ -13,6 +13,7 @@ import torch
 
 from ..scheduler.batch import ScheduledRow
 from ..scheduler.sampling_params import SamplingParams
+from .device import ids_to_device
 
 
 @dataclass(slots=True)
@@ -50,9 +51,9 @@ class LogitEdits:
 
     def _places(self, ids: list[torch.Tensor], indices: Sequence[int]) -> torch.Tensor:
         """Positions in the flattened logits: the ids of each row, moved to where the row begins."""
-        starts = torch.tensor(indices, device=self._device) * self._vocab_size  # [num_rows]
+        starts = ids_to_device(indices, self._device) * self._vocab_size  # [num_rows]
         counts = [part.numel() for part in ids]
-        repeats = torch.tensor(counts, device=self._device)  # [num_rows]
+        repeats = ids_to_device(counts, self._device)  # [num_rows]
         return torch.cat(ids).add_(starts.repeat_interleave(repeats, output_size=sum(counts)))
 
     def _entry(self, row: ScheduledRow) -> _Entry:
@@ -71,5 +72,5 @@ class LogitEdits:
             row.eos_token_ids,
             torch.from_numpy(np.fromiter(params.logit_bias.keys(), np.int64, count)).to(self._device),
             torch.from_numpy(np.fromiter(params.logit_bias.values(), np.float32, count)).to(self._device),
-            torch.tensor(stops, dtype=torch.int64, device=self._device),
+            ids_to_device(stops, self._device),
         )

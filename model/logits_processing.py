@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ..scheduler.batch import ScheduledRow
+from .device import ids_to_device, to_device
 from .logit_edits import LogitEdits
 from .sampler_state import TokenCounts
 
@@ -42,11 +44,11 @@ def _penalise(logits: torch.Tensor, rows: Sequence[ScheduledRow], indices: list[
     chosen = [rows[index] for index in indices]
     outputs, in_prompt = counts.gather(chosen)  # int32 [m, vocab], bool [m, vocab]
     in_output = outputs > 0
-    where = torch.tensor(indices, device=device)  # [m]
+    where = ids_to_device(indices, device)  # [m]
     x = logits.index_select(0, where)  # [m, vocab]
 
     def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]  # [m, 1]
+        return to_device(np.array(values, np.float32), device)[:, None]  # [m, 1]
 
     if any(row.params.repetition_penalty != 1.0 for row in chosen):
         repetition = column([row.params.repetition_penalty for row in chosen])

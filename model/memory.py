@@ -88,7 +88,7 @@ def cache_request(
         kv_cache_memory=kv_cache_memory,
         max_model_len=max_model_len,
         attention_bytes=lambda num_tokens: backend.attention_workspace_bytes(
-            attention, block_size, max_num_batched_tokens, num_tokens
+            attention, block_size, max_num_batched_tokens, max_num_seqs, num_tokens
         ),
     )
 

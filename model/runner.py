@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
-from ..kernels.select import select_backend
+from ..kernels.select import as_device_backend, select_backend
 from ..scheduler.batch import BlockCopy, ScheduledBatch, StepResult
 from .block_tables import BlockTables
 from .config import ModelConfig
+from .decode_ahead import DecodeAhead
 from .device import resolve_device, resolve_dtype
+from .drawn import Drawn
 from .forward_batch import ForwardBatch, build_forward_batch
 from .kv_cache import allocate_pool
 from .loader import check_weights, load_model
@@ -59,7 +62,7 @@ class ModelRunner:
         self._device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, self._device)
         with self._phase("open", report):
-            source = source or open_weights(config.path)
+            source = source or open_weights(config.path, config.load_format)
             num_parameters = check_weights(source)
         self.spec = source.spec
         self.weight_bytes = num_parameters * dtype.itemsize
@@ -71,9 +74,11 @@ class ModelRunner:
                 raise ModelError(str(error)) from error
             with _needing_memory(f"the weights ({self.weight_bytes / 2**30:.2f} GiB)", _SMALLER_WEIGHTS):
                 self._model = load_model(source, self.backend, lambda share: report("load", share))
-                self._sampler = Sampler(self.spec.vocab_size, self._device)
+                device_backend = as_device_backend(self.backend)
+                self._sampler = Sampler(self.spec.vocab_size, self._device, device_backend)
         self._block_tables = BlockTables()
         self._kv_pool: torch.Tensor | None = None
+        self._decode: DecodeAhead | None = None
 
     @contextmanager
     def _phase(self, name: str, report: Callable[[str, float], None]) -> Iterator[None]:
@@ -113,6 +118,17 @@ class ModelRunner:
         what = f"the rotations of {plan.max_model_len} positions"
         with _needing_memory(what, "give a smaller max-model-len or kv-cache-memory"):
             self._model.prepare(plan.max_model_len)
+        device_backend = as_device_backend(self.backend)
+        if device_backend is not None:
+            self._decode = DecodeAhead(
+                self._model,
+                device_backend,
+                self._sampler,
+                self._kv_pool,
+                max_num_seqs=max_num_seqs,
+                max_model_len=plan.max_model_len,
+                vocab_size=self.spec.vocab_size,
+            )
         self.phases["allocate_cache"] = time.perf_counter() - started
         return plan
 
@@ -130,25 +146,48 @@ class ModelRunner:
             self.backend.copy_blocks(self.kv_pool, [c.source for c in copies], [c.target for c in copies])
 
     def release(self, seq_ids: Sequence[str]) -> None:
-        """Forget what is kept for sequences that ended; `execute` leaves `finished_seq_ids` to its caller."""
+        """Forget what is kept for sequences that ended; steps leave `finished_seq_ids` to their caller."""
         self._sampler.drop(seq_ids)
         self._block_tables.drop(seq_ids)
+        if self._decode is not None:
+            self._decode.release(seq_ids)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may be launched before the one before it has ended."""
+        return self._decode is not None
+
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        """Launch a step and wait for it. Raises FloatingPointError if a row's logits are NaN."""
+        return self.launch(batch).result()
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> StepResult:
+    def launch(self, batch: ScheduledBatch) -> RunningStep:
         """One forward pass over all scheduled tokens of all rows, then a token for each row that draws.
 
-        Raises FloatingPointError if a row's logits are NaN. Times are the host's: on a device that works
-        asynchronously, the wait for the forward pass counts as sampling.
+        Returns when the work is queued; on a CPU that is when it is done.
         """
-        if not batch.rows:
-            return StepResult([])
         started = time.perf_counter()
+        drawn = self._launch(batch) if batch.rows else None
+        queued = None
+        if self._device.type == "cuda":
+            queued = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            queued.record()
+        return RunningStep(drawn, queued, time.perf_counter() - started)
+
+    def _launch(self, batch: ScheduledBatch) -> Drawn | None:
+        if self._decode is not None and self._decode.takes(batch):
+            return self._decode.launch(batch.rows)
         forward = build_forward_batch(batch, self.block_size, self._device, self._block_tables)
+        if self._decode is not None:
+            self._decode.fill_in(forward.token_ids, batch)
         logits = self._forward(forward)
-        forwarded = time.perf_counter()
-        sampled = self._sampler.sample(logits, forward.drawing_rows) if forward.drawing_rows else []
-        return StepResult(sampled, forwarded - started, time.perf_counter() - forwarded)
+        if not forward.drawing_rows:
+            return None
+        drawn = self._sampler.sample(logits, forward.drawing_rows)
+        if self._decode is not None:
+            self._decode.keep(drawn)
+        return drawn
 
     @torch.inference_mode()
     def forward_logits(self, batch: ScheduledBatch) -> torch.Tensor:
@@ -156,7 +195,27 @@ class ModelRunner:
         return self._forward(build_forward_batch(batch, self.block_size, self._device, self._block_tables))
 
     def _forward(self, batch: ForwardBatch) -> torch.Tensor:
-        hidden = self._model.forward(batch.token_ids, batch.attention, self.kv_pool)  # [num_tokens, hidden]
+        plan = self.backend.plan_attention(batch.attention, self._model.attention_spec, self.block_size)
+        hidden = self._model.forward(batch.token_ids, plan, self.kv_pool)  # [num_tokens, hidden]
         if not batch.drawing_rows:
             return hidden.new_empty((0, self.spec.vocab_size))
         return self._model.logits(hidden.index_select(0, batch.logits_indices))
+
+
+@dataclass(slots=True)
+class RunningStep:
+    """A launched step; a `PendingStep`."""
+
+    _drawn: Drawn | None
+    _queued: torch.cuda.Event | None
+    """Behind the step's work; a step that draws nothing is waited for too, or prompts would pile up on the device."""
+    _launch_seconds: float
+
+    def result(self) -> StepResult:
+        """Wait for it. Times are the host's: on a device that works asynchronously, the wait for the forward pass
+        counts as sampling."""
+        started = time.perf_counter()
+        if self._queued is not None:
+            self._queued.synchronize()
+        sampled = [] if self._drawn is None else self._drawn.rows()
+        return StepResult(sampled, self._launch_seconds, time.perf_counter() - started)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import torch
 
-from ..scheduler.batch import SampledRow, ScheduledRow, TokenLogprobs
+from ..kernels.backend import DeviceBackend, DrawParameters
+from ..scheduler.batch import ScheduledRow
 from ..scheduler.sampling_params import SamplingParams
+from .device import ids_to_device, to_device
+from .drawn import NAN_ROW, Drawn, TopLogprobs
 from .logit_edits import LogitEdits
 from .logits_processing import process_logits
 from .random import GumbelNoise
@@ -18,8 +22,6 @@ _CHUNK_ELEMENTS_CPU = 2**18
 """Logits worked on at a time, so that a chunk's noise stays in the cache."""
 _CHUNK_ELEMENTS_CUDA = 2**26
 _MAXIMUM_BLOCK = 64
-_NAN_ROW = -1
-"""Stands for "this row's logits are NaN" in the one tensor of ids that crosses to the host; never leaves this file."""
 
 
 class Sampler:
@@ -29,8 +31,10 @@ class Sampler:
     and take the arg max of that, which samples exactly (Gumbel-max trick), and equally in any batch.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, device: torch.device, device_backend: DeviceBackend | None = None) -> None:
+        """`device_backend` draws with kernels of its own."""
         self._device = device
+        self._device_backend = device_backend
         self._counts = TokenCounts(vocab_size, device)
         self._edits = LogitEdits(vocab_size, device)
         self._noise = GumbelNoise(vocab_size, device)
@@ -42,32 +46,58 @@ class Sampler:
         self._counts.drop(seq_ids)
         self._edits.drop(seq_ids)
 
-    def sample(self, logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> list[SampledRow]:
-        """logits [n, vocab] in any float dtype, one row each for `rows`; not changed.
-
-        Raises FloatingPointError if any row's logits hold NaN.
-        """
+    def sample(self, logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> Drawn:
+        """logits [n, vocab] in any float dtype, one row each for `rows`; not changed."""
         processed = process_logits(logits, rows, self._edits, self._counts, self._chunk_rows)
         drawn = self._draw(processed, rows)  # [n]
+        penalised = [index for index, row in enumerate(rows) if row.params.has_penalties]
+        if penalised and self._device_backend is not None:
+            # Counted here and now: the next step may be launched before the host knows these tokens.
+            where = ids_to_device(penalised, self._device)
+            self._counts.add_drawn([rows[index] for index in penalised], drawn.index_select(0, where))
+        return Drawn.start([row.seq_id for row in rows], drawn, self._logprobs(processed, drawn, rows))
+
+    def start(self, drawn: torch.Tensor, rows: Sequence[ScheduledRow]) -> Drawn:
+        """For tokens that a captured step has drawn: int64 [n], overwritten by the next one."""
+        return Drawn.start([row.seq_id for row in rows], drawn, None)
+
+    def asks_for_more(self, row: ScheduledRow) -> bool:
+        """Whether a row needs more than drawing from its logits as they are."""
+        params = row.params
+        return (
+            params.has_penalties
+            or bool(params.logit_bias)
+            or params.logprobs is not None
+            or row.num_output_tokens < params.min_tokens
+        )
+
+    def _draw(self, processed: torch.Tensor, rows: Sequence[ScheduledRow]) -> torch.Tensor:
+        """Processed logits [n, vocab] → token ids int64 [n], -1 for a row with a NaN."""
+        if self._device_backend is not None:
+            return self._device_backend.draw(processed, self._parameters(rows))
+        drawn = self._draw_in_torch(processed, rows)
         chosen = processed.gather(1, drawn[:, None]).view(-1)  # [n]
         # A NaN wins every arg max and every sort, so the drawn token's logit betrays it.
-        host_ids = torch.where(chosen.isnan(), _NAN_ROW, drawn).tolist()
-        if _NAN_ROW in host_ids:
-            raise FloatingPointError("the model produced NaN logits")
-        logprobs = self._logprobs(processed, drawn, rows)
-        return [
-            SampledRow(row.seq_id, [token], [logprobs[index]] if index in logprobs else None)
-            for index, (row, token) in enumerate(zip(rows, host_ids, strict=True))
-        ]
+        return torch.where(chosen.isnan(), NAN_ROW, drawn)
 
-    def _draw(self, logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> torch.Tensor:
-        """Processed logits [n, vocab] → token ids int64 [n]. Each row goes the shortest way its parameters allow."""
+    def _parameters(self, rows: Sequence[ScheduledRow]) -> DrawParameters:
+        params = [row.params for row in rows]
+        floats = np.array([(p.temperature, p.top_p, p.min_p) for p in params], np.float32).T
+        seeds = np.array([row.seed & 2**64 - 1 for row in rows], np.uint64).view(np.int64)
+        positions = [row.num_tokens for row in rows]
+        integers = np.stack((seeds, np.array(positions), np.array([p.top_k for p in params])))
+        temperatures, top_ps, min_ps = to_device(np.ascontiguousarray(floats), self._device)
+        seed_bits, places, top_ks = to_device(integers, self._device)
+        return DrawParameters(temperatures, top_ks.to(torch.int32), top_ps, min_ps, seed_bits, places)
+
+    def _draw_in_torch(self, logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> torch.Tensor:
+        """Each row goes the shortest way its parameters allow."""
         greedy = [index for index, row in enumerate(rows) if row.params.greedy]
         if len(greedy) == len(rows):
             return first_maximum(logits)
         drawn = torch.empty(len(rows), dtype=torch.int64, device=self._device)
         if greedy:
-            where = torch.tensor(greedy, device=self._device)
+            where = ids_to_device(greedy, self._device)
             drawn[where] = first_maximum(logits.index_select(0, where))
         for truncated in (False, True):
             indices = [
@@ -77,14 +107,14 @@ class Sampler:
             ]
             for start in range(0, len(indices), self._chunk_rows):
                 part = indices[start : start + self._chunk_rows]
-                where = torch.tensor(part, device=self._device)
+                where = ids_to_device(part, self._device)
                 chosen = [rows[index] for index in part]
                 drawn[where] = self._draw_chunk(logits.index_select(0, where), chosen, truncated)
         return drawn
 
     def _draw_chunk(self, logits: torch.Tensor, rows: Sequence[ScheduledRow], truncated: bool) -> torch.Tensor:
         """A private copy of the rows' processed logits [m, vocab] → token ids [m]."""
-        keys = self._noise.row_keys([row.seed for row in rows], [len(row.token_ids) for row in rows])
+        keys = self._noise.row_keys([row.seed for row in rows], [row.num_tokens for row in rows])
         temperatures = torch.tensor([row.params.temperature for row in rows], dtype=torch.float32)
         scaled = logits.float().div_(temperatures.to(self._device)[:, None])
         if truncated:
@@ -92,24 +122,17 @@ class Sampler:
             return draw_truncated(scaled, truncation, self._noise, keys)
         return first_maximum(scaled.add_(self._noise.all_tokens(keys)))
 
-    def _logprobs(
-        self, logits: torch.Tensor, drawn: torch.Tensor, rows: Sequence[ScheduledRow]
-    ) -> dict[int, TokenLogprobs]:
-        """By row index, for the rows that ask. The drawn token comes first and may stand among the top ones again."""
+    def _logprobs(self, logits: torch.Tensor, drawn: torch.Tensor, rows: Sequence[ScheduledRow]) -> TopLogprobs | None:
+        """For the rows that ask. The drawn token comes first and may stand among the top ones again."""
         wanted = {index: row.params.logprobs for index, row in enumerate(rows) if row.params.logprobs is not None}
         if not wanted:
-            return {}
-        where = torch.tensor(list(wanted), device=self._device)  # [m]
+            return None
+        where = ids_to_device(list(wanted), self._device)  # [m]
         log_probabilities = logits.index_select(0, where).float().log_softmax(dim=-1)  # [m, vocab]
         own_ids = drawn.index_select(0, where)[:, None]  # [m, 1]
-        own = log_probabilities.gather(1, own_ids)  # [m, 1]
+        own = log_probabilities.gather(1, own_ids.clamp(min=0))  # [m, 1]
         top, top_ids = log_probabilities.topk(min(max(wanted.values()), logits.shape[1]), dim=-1)  # [m, k]
-        ids = torch.cat((own_ids, top_ids), dim=1).tolist()
-        values = torch.cat((own, top), dim=1).tolist()
-        return {
-            index: TokenLogprobs(ids[place][: count + 1], values[place][: count + 1])
-            for place, (index, count) in enumerate(wanted.items())
-        }
+        return TopLogprobs(wanted, torch.cat((own_ids, top_ids), dim=1), torch.cat((own, top), dim=1))
 
 
 def first_maximum(x: torch.Tensor) -> torch.Tensor:

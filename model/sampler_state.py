@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..scheduler.batch import ScheduledRow
+from .device import ids_to_device
 
 _FIRST_CAPACITY = 4
 
@@ -47,15 +48,25 @@ class TokenCounts:
         self._forget_changed(rows)
         self._admit([row for row in rows if row.seq_id not in self._entries])
         self._count_new_outputs(rows)
-        slots = torch.tensor([self._entries[row.seq_id].slot for row in rows], device=self._device)  # [n]
+        slots = ids_to_device([self._entries[row.seq_id].slot for row in rows], self._device)  # [n]
         return self._outputs.index_select(0, slots), self._in_prompt.index_select(0, slots)
 
+    def add_drawn(self, rows: Sequence[ScheduledRow], drawn: torch.Tensor) -> None:
+        """Count tokens that the device has just drawn for rows that were gathered, int64 [n]: the host need not know
+        them. A negative one is no token."""
+        slots = ids_to_device([self._entries[row.seq_id].slot for row in rows], self._device)  # [n]
+        places = slots * self._vocab_size + drawn.clamp(min=0)
+        self._outputs.view(-1).index_add_(0, places, (drawn >= 0).to(torch.int32))
+        for row in rows:
+            self._entries[row.seq_id].num_counted = row.num_tokens + 1
+
     def _forget_changed(self, rows: Sequence[ScheduledRow]) -> None:
-        """A sequence that grew shorter, or whose prompt changed, is not the one that was counted: start over."""
+        """A sequence that is shorter than what was counted (a step is run again, or it is another one), or whose prompt
+        changed: start over."""
         for row in rows:
             entry = self._entries.get(row.seq_id)
             if entry is not None and (
-                len(row.token_ids) < entry.num_counted or row.num_prompt_tokens != entry.num_prompt_tokens
+                row.num_tokens < entry.num_counted or row.num_prompt_tokens != entry.num_prompt_tokens
             ):
                 self.drop([row.seq_id])
 
@@ -71,10 +82,10 @@ class TokenCounts:
             self._entries[row.seq_id] = _Entry(slot, row.num_prompt_tokens, row.num_prompt_tokens)
             start = slot * self._vocab_size
             prompt_places.extend(start + token for token in row.token_ids[: row.num_prompt_tokens])
-        slot_ids = torch.tensor(slots, device=self._device)
+        slot_ids = ids_to_device(slots, self._device)
         self._outputs.index_fill_(0, slot_ids, 0)
         self._in_prompt.index_fill_(0, slot_ids, False)
-        self._in_prompt.view(-1).index_fill_(0, torch.tensor(prompt_places, device=self._device), True)
+        self._in_prompt.view(-1).index_fill_(0, ids_to_device(prompt_places, self._device), True)
 
     def _reserve(self, count: int) -> None:
         """Make sure that `count` slots are free; capacity doubles, so that growing is rare."""
@@ -94,8 +105,8 @@ class TokenCounts:
             entry = self._entries[row.seq_id]
             start = entry.slot * self._vocab_size
             places.append([start + token for token in row.token_ids[entry.num_counted :]])
-            entry.num_counted = len(row.token_ids)
-        flat = torch.tensor(list(itertools.chain.from_iterable(places)), dtype=torch.int64, device=self._device)
+            entry.num_counted = max(entry.num_counted, len(row.token_ids))
+        flat = ids_to_device(list(itertools.chain.from_iterable(places)), self._device)
         if flat.numel():
             ones = torch.ones(flat.shape, dtype=torch.int32, device=self._device)
             self._outputs.view(-1).index_add_(0, flat, ones)

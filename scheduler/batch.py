@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import msgspec
 
@@ -28,7 +29,7 @@ class ScheduledRow:
     seq_id: str
     """Unique among live sequences; a request with n > 1 has n of them."""
     token_ids: Sequence[int]
-    """Prompt and output so far. [num_tokens]"""
+    """Prompt and output, as far as known. [num_tokens - num_unknown_tokens]"""
     num_prompt_tokens: int
     num_computed_tokens: int
     """Tokens whose K/V are in the pool already."""
@@ -41,6 +42,12 @@ class ScheduledRow:
     """Key of the counter-based generator, 64 bits; its counter is the position of the drawn token."""
     eos_token_ids: tuple[int, ...] = ()
     """Ids that must not be drawn before `params.min_tokens` outputs."""
+    num_unknown_tokens: int = 0
+    """1 if the newest token is what the step before this one draws, which nobody has looked at yet."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_unknown_tokens
 
     @property
     def num_tokens_after(self) -> int:
@@ -49,11 +56,11 @@ class ScheduledRow:
     @property
     def draws_token(self) -> bool:
         """Whether this step reaches the newest token, so that the next one is drawn from its logits."""
-        return self.num_tokens_after == len(self.token_ids)
+        return self.num_tokens_after == self.num_tokens
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        return self.num_tokens - self.num_prompt_tokens
 
 
 @dataclass(slots=True)
@@ -75,6 +82,10 @@ class ScheduledBatch:
         """Rows [start, stop) alone, for finding the row that makes a step fail. Copies are not repeated."""
         return ScheduledBatch(self.rows[start:stop], max(0, min(stop, self.num_decode_rows) - start))
 
+    def known(self) -> ScheduledBatch:
+        """The same rows now that the step before has been taken in: nothing is unknown any more. Without copies."""
+        return ScheduledBatch([replace(row, num_unknown_tokens=0) for row in self.rows], self.num_decode_rows)
+
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log probabilities at one position, natural log, of the distribution after logit processing at
@@ -93,6 +104,14 @@ class SampledRow:
     logprobs: list[TokenLogprobs] | None = None
 
 
+class PendingStep(Protocol):
+    """A step that was launched and may still be running."""
+
+    def result(self) -> StepResult:
+        """Wait for it. Raises what the step raised, or FloatingPointError if a row's logits are NaN."""
+        ...
+
+
 @dataclass(slots=True, frozen=True)
 class StepResult:
     """What the runner returns for a batch: one entry for each row that draws, in row order."""
@@ -100,3 +119,7 @@ class StepResult:
     sampled: list[SampledRow]
     forward_seconds: float = 0.0
     sample_seconds: float = 0.0
+
+    def result(self) -> StepResult:
+        """A step that has run is its own `PendingStep`."""
+        return self

@@ -32,6 +32,7 @@ class Request:
         "max_total_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_drawing_tokens",
         "num_preemptions",
         "num_prompt_tokens",
         "order",
@@ -70,12 +71,15 @@ class Request:
         self.priority = order[0]
         self.status = RequestStatus.WAITING
         self.token_ids = list(prompt_token_ids)
-        """Prompt and output so far."""
+        """Prompt and output, as far as known."""
+        self.num_drawing_tokens = 0
+        """Tokens behind them that scheduled steps draw: their number is known, their ids are not yet."""
         self.num_prompt_tokens = len(prompt_token_ids)
         self.max_total_tokens = max_total_tokens
         """Prompt and output together: the request's own limit or the context's, whichever is less."""
         self.num_computed_tokens = 0
-        """Leading tokens whose K/V are in this request's blocks. It chases len(token_ids)."""
+        """Leading tokens whose K/V are in this request's blocks, once the steps scheduled so far have run. It chases
+        `num_tokens`."""
         self.high_water_tokens = 0
         """The most that num_computed_tokens ever was: computing below it again is waste."""
         self.num_cached_tokens = 0
@@ -90,16 +94,23 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """Prompt and output, those being drawn included."""
+        return len(self.token_ids) + self.num_drawing_tokens
 
     @property
     def num_pending_tokens(self) -> int:
-        """Tokens known but not computed: 1 while decoding, more while (re)filling."""
-        return len(self.token_ids) - self.num_computed_tokens
+        """Tokens that no step has been scheduled for: 1 while decoding, more while (re)filling."""
+        return self.num_tokens - self.num_computed_tokens
 
     @property
     def num_output_tokens(self) -> int:
+        """Known ones."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the token being drawn is the last that fits: nothing is left to schedule."""
+        return self.num_drawing_tokens > 0 and self.num_tokens >= self.max_total_tokens
 
     def __repr__(self) -> str:
         return (

@@ -168,12 +168,16 @@ class Scheduler:
     # ------------------------------------------------------------------ one step: what to compute
 
     def schedule(self) -> ScheduledBatch:
-        """Decodes first, then prompts under way, then admissions, until the token budget is spent."""
+        """Decodes first, then prompts under way, then admissions, until the token budget is spent.
+
+        The batch counts as computed from here on, so the next one may be scheduled before `update` has taken in this
+        one; a batch that will not run must be given to `retract`.
+        """
         copies: list[BlockCopy] = []
         preempted = self._secure_decodes()
         budget = StepBudget(self.max_num_batched_tokens)
         for request in self.running:
-            if request.num_pending_tokens == 1 and budget.take(request):
+            if request.num_pending_tokens == 1 and not request.is_complete and budget.take(request):
                 copies += self._grow(request, request.num_tokens)
         prompts = [request for request in self.running if request.num_pending_tokens > 1]
         for request in sorted(prompts, key=lambda request: request.order):
@@ -185,14 +189,15 @@ class Scheduler:
         shares = budget.shares()
         finished, self._finished_seq_ids = self._finished_seq_ids, []
         return ScheduledBatch(
-            rows=[self._row(request, count) for request, count in shares],
+            rows=[self._take_row(request, count) for request, count in shares],
             num_decode_rows=sum(count == 1 for _, count in shares),
             block_copies=copies,
             finished_seq_ids=finished,
         )
 
-    def _row(self, request: Request, count: int) -> ScheduledRow:
-        return ScheduledRow(
+    def _take_row(self, request: Request, count: int) -> ScheduledRow:
+        """The row of a step, which the request counts as computed."""
+        row = ScheduledRow(
             request.seq_id,
             request.token_ids,
             request.num_prompt_tokens,
@@ -202,7 +207,30 @@ class Scheduler:
             request.params,
             request.seed,
             self._eos_token_ids,
+            request.num_drawing_tokens,
         )
+        request.num_computed_tokens += count
+        request.num_drawing_tokens += row.draws_token
+        return row
+
+    def retract(self, batch: ScheduledBatch) -> None:
+        """Take back the latest batch, which will not run. The blocks that its rows were given stay with them."""
+        for row in batch.rows:
+            request = self._find(row.seq_id)
+            if request is not None:
+                request.num_computed_tokens = row.num_computed_tokens
+                request.num_drawing_tokens -= row.draws_token
+
+    def holds(self, row: ScheduledRow) -> bool:
+        """Whether a scheduled row still has its blocks: its sequence runs, and has not been preempted since."""
+        request = self._find(row.seq_id)
+        running = request is not None and request.status is RequestStatus.RUNNING
+        return running and self.blocks.block_ids(row.seq_id)[0] is row.block_ids[0]
+
+    def drop_row(self, row: ScheduledRow) -> None:
+        """Take back a row that failed and has lost its blocks meanwhile; its sequence computes it anew."""
+        if (request := self._find(row.seq_id)) is not None:
+            request.num_drawing_tokens -= row.draws_token
 
     def _secure_decodes(self) -> bool:
         """Preempt until every running sequence that decodes can write its token. Whether anyone was preempted.
@@ -215,6 +243,7 @@ class Scheduler:
             needed = sum(
                 self.blocks.blocks_to_grow(request.seq_id, request.num_computed_tokens, request.num_tokens)
                 for request in self.running
+                if not request.is_complete
             )
             if needed <= self.blocks.num_free_blocks:
                 return preempted
@@ -252,7 +281,8 @@ class Scheduler:
             # Any admission takes a block: spares the look-up of a long prefix in every step.
             if len(self.running) >= self.max_num_running or num_spare_blocks <= 0:
                 return AdmissionStop.CAPACITY
-            if budget.left <= 0:
+            # One that was preempted while its token is being drawn knows in the next step what to compute.
+            if budget.left <= 0 or request.num_drawing_tokens:
                 return AdmissionStop.BUDGET
             match = self.blocks.match(request.block_hashes, request.token_ids)
             if self.blocks.blocks_to_admit(match, request.num_tokens) > num_spare_blocks:
@@ -287,38 +317,37 @@ class Scheduler:
     # ------------------------------------------------------------------ one step: what came of it
 
     def update(self, batch: ScheduledBatch, sampled: Sequence[SampledRow]) -> list[Progress]:
-        """Take in a computed batch: advance, publish, fork, append drawn tokens, stop.
+        """Take in a computed batch: publish, fork, append drawn tokens, stop. Batches come in the order of `schedule`.
 
-        Rows whose sequence has ended since `schedule` are passed over.
+        Rows whose sequence has ended since are passed over; one that has been preempted since keeps its token.
         """
         drawn = {row.seq_id: row for row in sampled}
         now = self._clock()
         progress = []
         for row in batch.rows:
-            request = self._running_request(row.seq_id)
+            request = self._find(row.seq_id)
             if request is None:
                 continue
-            self._advance(request, row.num_scheduled_tokens)
+            self._note_computed(request, row)
             result = drawn.get(row.seq_id)
             if result is not None:
+                request.num_drawing_tokens -= 1
                 progress.append(self._append(request, result, now))
         return progress
 
-    def _running_request(self, seq_id: str) -> Request | None:
+    def _find(self, seq_id: str) -> Request | None:
         request_id, _, sample_index = seq_id.rpartition("/")
-        request = self.requests.get(request_id, {}).get(int(sample_index))
-        return request if request is not None and request.status is RequestStatus.RUNNING else None
+        return self.requests.get(request_id, {}).get(int(sample_index))
 
-    def _advance(self, request: Request, count: int) -> None:
-        before = request.num_computed_tokens
-        request.num_computed_tokens += count
-        after = request.num_computed_tokens
+    def _note_computed(self, request: Request, row: ScheduledRow) -> None:
+        before, after = row.num_computed_tokens, row.num_tokens_after
         self.counters.num_recomputed_tokens += max(0, min(after, request.high_water_tokens) - before)
         self.counters.num_prompt_tokens += max(0, min(after, request.num_prompt_tokens) - before)
         request.high_water_tokens = max(request.high_water_tokens, after)
-        self.blocks.publish(request.seq_id, request.block_hashes, request.token_ids, after)
-        if request.held_siblings and after >= request.num_prompt_tokens:
-            self._fork_siblings(request)
+        if self.holds(row):  # else preempted since: the blocks that the row wrote are gone
+            self.blocks.publish(request.seq_id, request.block_hashes, request.token_ids, after)
+            if request.held_siblings and after >= request.num_prompt_tokens:
+                self._fork_siblings(request)
 
     def _fork_siblings(self, leader: Request) -> None:
         """Start the other samples from the leader's prompt blocks.
@@ -328,7 +357,7 @@ class Scheduler:
         """
         shared = leader.num_prompt_tokens - 1
         for sibling in self._take_held(leader):
-            sibling.block_hashes.take_over(leader.block_hashes)
+            sibling.block_hashes.take_over(leader.block_hashes, shared)
             sibling.num_cached_tokens = leader.num_cached_tokens
             if len(self.running) >= self.max_num_running:
                 self._admission_stop = AdmissionStop.CAPACITY

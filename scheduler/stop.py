@@ -19,13 +19,13 @@ class Stop:
 
 
 def check_stop(request: Request, eos_token_ids: Collection[int]) -> Stop | None:
-    """Whether the newest token of `request` ends it. A stop id counts from `min_tokens` on, length always."""
+    """Whether the newest known token of `request` ends it. A stop id counts from `min_tokens` on, length always."""
     token_id = request.token_ids[-1]
     params = request.params
     if request.num_output_tokens >= params.min_tokens and (
         token_id in params.stop_token_ids or (not params.ignore_eos and token_id in eos_token_ids)
     ):
         return Stop("stop", token_id)
-    if request.num_tokens >= request.max_total_tokens:
+    if len(request.token_ids) >= request.max_total_tokens:
         return Stop("length")
     return None

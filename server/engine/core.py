@@ -5,30 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
-from ...scheduler.batch import BlockCopy, ScheduledBatch, StepResult
+from ...scheduler.batch import ScheduledBatch, StepResult
 from ...scheduler.progress import Progress, SchedulerCounters
 from ...scheduler.request import Request
 from ...scheduler.scheduler import QueueFull, Scheduler
+from .execution import Execution, Launched, StepRunner, one_line
 from .messages import GenerateRequest, RequestError, RequestTimings, StepOutput, StepStats, TokenOutput
 
 logger = logging.getLogger("octavo.engine")
-
-
-class StepRunner(Protocol):
-    """What the core needs of the model room (model/runner.py), or of a fake one in tests."""
-
-    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None: ...
-
-    def execute(self, batch: ScheduledBatch) -> StepResult: ...
-
-    def release(self, seq_ids: Sequence[str]) -> None: ...
-
-
-class EngineFailure(Exception):
-    """The engine cannot compute any more; its process should end and be started anew."""
 
 
 class EngineCore:
@@ -37,8 +23,9 @@ class EngineCore:
     def __init__(self, scheduler: Scheduler, runner: StepRunner, *, probe: Callable[[], None] = lambda: None) -> None:
         """`probe` runs a harmless step and raises if even that fails."""
         self.scheduler = scheduler
-        self._runner = runner
-        self._probe = probe
+        self._execution = Execution(runner, probe)
+        self._ahead: Launched | None = None
+        """A step that runs while the one before it is being looked at."""
         self._outputs: list[TokenOutput] = []
         self._reported = SchedulerCounters()
         self._num_evicted_reported = 0
@@ -46,7 +33,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._outputs)
+        return self.scheduler.has_work or self._ahead is not None or bool(self._outputs)
 
     def add(self, message: GenerateRequest) -> None:
         """Queue a request; a refusal becomes its one output."""
@@ -68,26 +55,65 @@ class EngineCore:
         self.scheduler.abort(request_id, sample_index)
 
     def step(self) -> StepOutput:
-        """Run one step. Raises EngineFailure when nothing can be computed any more."""
+        """Take in one step, while a runner that can runs the next. Raises EngineFailure when nothing can be computed
+        any more."""
         started = time.perf_counter()
-        batch = self.scheduler.schedule()
-        self._runner.release(batch.finished_seq_ids)
-        scheduled = time.perf_counter()
-        result = self._execute(batch)
+        current = self._ahead or self._launch()
+        self._ahead = None
+        if self._execution.runner.runs_ahead and current.batch.rows:
+            ahead = self._launch()
+            self._ahead = ahead if ahead.batch.rows else None
+        launched = time.perf_counter()
+        result = self._result(current)
         executed = time.perf_counter()
-        for progress in self.scheduler.update(batch, result.sampled):
+        for progress in self.scheduler.update(current.batch, result.sampled):
             self._outputs.append(_token_output(progress))
         outputs, self._outputs = self._outputs, []
         return StepOutput(
             outputs=outputs,
             stats=self.stats(
-                num_scheduled_tokens=batch.num_tokens,
-                schedule_seconds=scheduled - started,
+                num_scheduled_tokens=current.batch.num_tokens,
+                schedule_seconds=max(0.0, launched - started - result.forward_seconds),
                 forward_seconds=result.forward_seconds,
                 sample_seconds=result.sample_seconds,
                 update_seconds=time.perf_counter() - executed,
             ),
         )
+
+    def _launch(self) -> Launched:
+        """Schedule a step and start it."""
+        batch = self.scheduler.schedule()
+        self._execution.runner.release(batch.finished_seq_ids)
+        launched = self._execution.launch(batch)
+        for seq_id, error in launched.failed.items():
+            self._blame(seq_id, error)
+        return launched
+
+    def _result(self, current: Launched) -> StepResult:
+        """What a step came to; if it failed, its healthy rows' part, the others' requests being ended."""
+        try:
+            return current.pending.result()
+        except Exception as error:
+            if self._ahead is not None:
+                # It builds on tokens that may never be: it is scheduled again.
+                self._execution.abandon(self._ahead)
+                self.scheduler.retract(self._ahead.batch)
+                self._ahead = None
+            result, failed = self._execution.isolate(self._what_can_run_again(current.part), error)
+            for seq_id, cause in failed.items():
+                self._blame(seq_id, cause)
+            return result
+
+    def _what_can_run_again(self, failed: ScheduledBatch) -> ScheduledBatch:
+        """The rows of a failed step that still have their blocks. The step ahead may have preempted others to make
+        room, and has written what is not theirs into blocks that were."""
+        rows = []
+        for row in failed.rows:
+            if self.scheduler.holds(row):
+                rows.append(row)
+            else:
+                self.scheduler.drop_row(row)
+        return ScheduledBatch(rows, sum(row.num_scheduled_tokens == 1 for row in rows)).known()
 
     def note_emitted(self, seconds: float) -> None:
         """How long it took to encode a step's output and hand it over; reported with the next message."""
@@ -95,7 +121,7 @@ class EngineCore:
 
     def idle(self) -> StepOutput:
         """A sign of life between requests; also lets go of what the runner keeps for the last of them."""
-        self._runner.release(self.scheduler.schedule().finished_seq_ids)
+        self._execution.runner.release(self.scheduler.schedule().finished_seq_ids)
         return StepOutput(outputs=[], stats=self.stats())
 
     def stats(
@@ -139,79 +165,8 @@ class EngineCore:
             emit_seconds=emit_seconds,
         )
 
-    # ------------------------------------------------------------------ failures
-
-    def _execute(self, batch: ScheduledBatch) -> StepResult:
-        """Run a batch; if it fails, find the rows that make it fail and end their requests alone."""
-        batch = self._copy_blocks(batch)
-        if not batch.rows:
-            return StepResult([])
-        try:
-            return self._runner.execute(batch)
-        except Exception as error:
-            return self._isolate(batch, error)
-
-    def _copy_blocks(self, batch: ScheduledBatch) -> ScheduledBatch:
-        """Carry out the batch's copies; a row whose copy fails even alone ends with its request."""
-        try:
-            self._runner.copy_blocks(batch.block_copies)
-            return batch
-        except Exception as error:
-            logger.warning("copying %d blocks failed (%s)", len(batch.block_copies), _one_line(error))
-        failed: dict[int, Exception] = {}
-        for copy in batch.block_copies:
-            try:
-                self._runner.copy_blocks([copy])
-            except Exception as error:
-                failed[copy.target] = error
-        rows = []
-        for row in batch.rows:
-            targets = [block_id for table in row.block_ids for block_id in table if block_id in failed]
-            if targets:
-                self._blame(row.seq_id, failed[targets[0]])
-            else:
-                rows.append(row)
-        num_decode_rows = sum(row.num_scheduled_tokens == 1 for row in rows)
-        return ScheduledBatch(rows, num_decode_rows)
-
-    def _isolate(self, batch: ScheduledBatch, error: Exception) -> StepResult:
-        """Bisection: running a row twice writes the same K/V twice, so trying again harms nobody."""
-        logger.warning("a step of %d rows failed (%s); looking for the cause", len(batch.rows), _one_line(error))
-        failed: dict[str, Exception] = {}
-        result = self._run_or_split(batch, error, failed)
-        if len(failed) == len(batch.rows):
-            self._check_health(error)
-        for seq_id, cause in failed.items():
-            self._blame(seq_id, cause)
-        return result
-
-    def _check_health(self, error: Exception) -> None:
-        """Every row of a step has failed: are they all to blame, or is it the machine?"""
-        try:
-            self._probe()
-        except Exception as probe_error:
-            raise EngineFailure(f"the engine cannot compute any more: {_one_line(probe_error)}") from error
-
-    def _run_or_split(self, batch: ScheduledBatch, error: Exception, failed: dict[str, Exception]) -> StepResult:
-        """`batch` has just failed with `error`: run its halves, each on its own."""
-        if len(batch.rows) == 1:
-            failed[batch.rows[0].seq_id] = error
-            return StepResult([])
-        middle = len(batch.rows) // 2
-        results = []
-        for part in (batch.part(0, middle), batch.part(middle, len(batch.rows))):
-            try:
-                results.append(self._runner.execute(part))
-            except Exception as part_error:
-                results.append(self._run_or_split(part, part_error, failed))
-        return StepResult(
-            [row for result in results for row in result.sampled],
-            sum(result.forward_seconds for result in results),
-            sum(result.sample_seconds for result in results),
-        )
-
     def _blame(self, seq_id: str, error: Exception) -> None:
-        logger.error("request %s ended: %s", seq_id.rpartition("/")[0], _one_line(error), exc_info=error)
+        logger.error("request %s ended: %s", seq_id.rpartition("/")[0], one_line(error), exc_info=error)
         ended = self.scheduler.fail(seq_id)
         if ended:  # its other samples may have failed in the same step
             message = f"the engine failed on this request: {type(error).__name__}"
@@ -244,8 +199,3 @@ def _timings(request: Request) -> RequestTimings:
         last_token=request.last_token_time or arrival,
         num_preemptions=request.num_preemptions,
     )
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"

@@ -44,6 +44,9 @@ def build_engine(
         eos_token_ids=runner.spec.eos_token_ids,
         seed=config.model.seed,
     )
+    notes = list(plan.notes)
+    if config.model.load_format == "dummy":
+        notes.append("the weights are random (load format dummy): what the model says is noise")
     ready = EngineReady(
         max_model_len=plan.max_model_len,
         max_num_seqs=scheduler.max_num_running,
@@ -61,7 +64,7 @@ def build_engine(
         device=str(runner.backend.device),
         backend=runner.backend.name,
         phases=phases,
-        notes=list(plan.notes),
+        notes=notes,
     )
     return EngineCore(scheduler, runner, probe=lambda: _warm_up(runner)), ready
 

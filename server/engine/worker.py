@@ -14,7 +14,8 @@ import sys
 import time
 
 from ..config import EngineConfig
-from .core import EngineCore, EngineFailure
+from .core import EngineCore
+from .execution import EngineFailure
 from .messages import Abort, DownMessage, EngineDead, GenerateRequest, Shutdown
 from .wire import Channel, ConnectionClosed
 

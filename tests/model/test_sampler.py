@@ -33,7 +33,7 @@ def row(
 
 def draw(logits: torch.Tensor, *rows: ScheduledRow, sampler: Sampler | None = None) -> list[int]:
     sampler = sampler or Sampler(logits.shape[1], CPU)
-    return [sampled.token_ids[0] for sampled in sampler.sample(logits, rows)]
+    return [sampled.token_ids[0] for sampled in sampler.sample(logits, rows).rows()]
 
 
 def random_logits(count: int, vocab: int = VOCAB, scale: float = 3.0, seed: int = 0) -> torch.Tensor:
@@ -282,7 +282,7 @@ def test_penalties_equal_a_slow_oracle_over_many_steps(data):
             sequences[seq_id] = row(params, seq_id=seq_id, prompt=prompt, output=output)
         rows = list(sequences.values())
         logits = random_logits(len(rows), vocab=vocab, seed=step)
-        for sampled, sequence, before in zip(sampler.sample(logits, rows), rows, logits.tolist(), strict=True):
+        for sampled, sequence, before in zip(sampler.sample(logits, rows).rows(), rows, logits.tolist(), strict=True):
             expected = torch.tensor(slow_penalties(before, sequence)).log_softmax(-1)
             assert sampled.logprobs is not None
             entry = sampled.logprobs[0]
@@ -298,7 +298,7 @@ def test_logprobs_are_those_before_temperature_and_truncation():
         row(SamplingParams()),
         row(SamplingParams(temperature=0, logprobs=0)),
     ]
-    first, second, third = Sampler(VOCAB, CPU).sample(logits, rows)
+    first, second, third = Sampler(VOCAB, CPU).sample(logits, rows).rows()
     expected = logits.log_softmax(-1)
     assert second.logprobs is None
     assert first.logprobs is not None

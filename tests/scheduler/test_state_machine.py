@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 import pytest
@@ -32,7 +32,7 @@ from octavo.block_manager.hashing import BlockHashes
 from octavo.block_manager.manager import BlockManager, PrefixMatch
 from octavo.block_manager.pool import BlockPool
 from octavo.scheduler import scheduler as scheduler_module
-from octavo.scheduler.batch import BlockCopy, SampledRow, ScheduledBatch, ScheduledRow, StepResult
+from octavo.scheduler.batch import BlockCopy, PendingStep, SampledRow, ScheduledBatch, ScheduledRow, StepResult
 from octavo.scheduler.budget import StepBudget
 from octavo.scheduler.config import CacheConfig, SchedulerConfig
 from octavo.scheduler.progress import AdmissionStop
@@ -40,6 +40,7 @@ from octavo.scheduler.request import Request, RequestStatus, derive_seed
 from octavo.scheduler.sampling_params import SamplingParams
 from octavo.scheduler.scheduler import Scheduler
 from octavo.server.engine.core import EngineCore
+from octavo.server.engine.execution import Execution
 from octavo.server.engine.messages import GenerateRequest, StepStats, TokenOutput
 from watched_scheduler import WatchedScheduler, require
 
@@ -63,11 +64,22 @@ def next_token(tokens: Sequence[int], seed: int) -> int:
     return sha256(f"{seed}|{list(tokens)}".encode()).digest()[0] % ALPHABET
 
 
-class OracleRunner:
-    """Executes batches over a dictionary of slots."""
+@dataclass
+class BrokenStep:
+    error: Exception
 
-    def __init__(self, block_size: int) -> None:
+    def result(self) -> StepResult:
+        raise self.error
+
+
+class OracleRunner:
+    """Executes batches over a dictionary of slots, and where it runs ahead, keeps what it drew until it is asked."""
+
+    def __init__(self, block_size: int, runs_ahead: bool) -> None:
         self.block_size = block_size
+        self.runs_ahead = runs_ahead
+        self.drawn: dict[str, int] = {}
+        """What the latest step drew for each sequence: all that the next one may know of it."""
         self.slots: dict[tuple[int, int], tuple[int, int, bytes]] = {}
         self.salts: dict[str, str] = {}
         self.poisoned: set[str] = set()
@@ -84,7 +96,26 @@ class OracleRunner:
                 else:
                     self.slots[copy.target, offset] = content
 
-    def execute(self, batch: ScheduledBatch) -> StepResult:
+    def launch(self, batch: ScheduledBatch) -> PendingStep:
+        require(self.runs_ahead or not any(row.num_unknown_tokens for row in batch.rows), "a token is not known")
+        rows = [self._complete(row) for row in batch.rows]
+        try:
+            result = self._execute(replace(batch, rows=rows))
+        except RuntimeError as error:
+            if not self.runs_ahead:
+                raise
+            self.drawn = {row.seq_id: 0 for row in rows if row.draws_token}  # what a broken step leaves behind
+            return BrokenStep(error)
+        self.drawn = {row.seq_id: row.token_ids[0] for row in result.sampled}
+        return result
+
+    def _complete(self, row: ScheduledRow) -> ScheduledRow:
+        """The row with the token that only this runner knows."""
+        if not row.num_unknown_tokens:
+            return row
+        return replace(row, token_ids=[*row.token_ids, self.drawn[row.seq_id]], num_unknown_tokens=0)
+
+    def _execute(self, batch: ScheduledBatch) -> StepResult:
         require(batch.num_tokens <= self.budget, "the step exceeds its token budget")
         counts = [row.num_scheduled_tokens for row in batch.rows]
         require(all(count == 1 for count in counts[: batch.num_decode_rows]), "a decode row has several tokens")
@@ -163,13 +194,21 @@ class EngineMachine(RuleBasedStateMachine):
         budget=st.integers(1, 9),
         caching=st.booleans(),
         max_waiting=st.integers(0, 6),
+        runs_ahead=st.booleans(),
     )
     def start(
-        self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, caching: bool, max_waiting: int
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        budget: int,
+        caching: bool,
+        max_waiting: int,
+        runs_ahead: bool,
     ) -> None:
         self.capacity = (num_blocks - 1) * block_size
         self.max_waiting, self.max_num_seqs = max_waiting, max_num_seqs
-        self.runner = OracleRunner(block_size)
+        self.runner = OracleRunner(block_size, runs_ahead)
         self.scheduler = WatchedScheduler(
             SchedulerConfig(max_num_seqs=max_num_seqs, max_num_waiting=max_waiting),
             CacheConfig(block_size=block_size, enable_prefix_caching=caching),
@@ -466,12 +505,22 @@ def lru_front_and_back_links(patch: pytest.MonkeyPatch) -> None:
 
 
 def all_rows_are_blamed(patch: pytest.MonkeyPatch) -> None:
-    def isolate(self: EngineCore, batch: ScheduledBatch, error: Exception) -> StepResult:
-        for row in batch.rows:
-            self._blame(row.seq_id, error)
-        return StepResult([])
+    def isolate(self: Execution, batch: ScheduledBatch, error: Exception) -> tuple[StepResult, dict[str, Exception]]:
+        return StepResult([]), {row.seq_id: error for row in batch.rows}
 
-    patch.setattr(EngineCore, "_isolate", isolate)
+    patch.setattr(Execution, "isolate", isolate)
+
+
+def steps_that_will_not_run_count_as_computed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Scheduler, "retract", lambda self, batch: None)
+
+
+def nothing_is_ever_complete(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Request, "is_complete", False)
+
+
+def retried_rows_miss_their_newest_token(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ScheduledBatch, "known", lambda self: self)
 
 
 def readmissions_are_queries(patch: pytest.MonkeyPatch) -> None:
@@ -544,6 +593,9 @@ SEEDED_BUGS = [
     budget_is_ignored_by_admissions,
     lru_front_and_back_links,
     all_rows_are_blamed,
+    steps_that_will_not_run_count_as_computed,
+    nothing_is_ever_complete,
+    retried_rows_miss_their_newest_token,
     readmissions_are_queries,
     evictions_are_not_remembered,
     evictions_are_remembered_for_ever,

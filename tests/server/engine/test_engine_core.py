@@ -17,7 +17,8 @@ from octavo.scheduler.sampling_params import InvalidRequest, SamplingParams
 from octavo.scheduler.scheduler import Scheduler
 from octavo.server.engine import worker
 from octavo.server.engine.client import EngineState, EngineUnavailable
-from octavo.server.engine.core import EngineCore, EngineFailure
+from octavo.server.engine.core import EngineCore
+from octavo.server.engine.execution import EngineFailure
 from octavo.server.engine.inline import InlineClient
 from octavo.server.engine.messages import (
     Abort,
@@ -34,6 +35,8 @@ from octavo.server.engine.worker import serve
 class ScriptedRunner:
     """Draws token 7 for every row; raises for batches that hold a poisoned request."""
 
+    runs_ahead = False
+
     def __init__(self) -> None:
         self.poisoned: set[str] = set()
         self.broken = False
@@ -42,7 +45,7 @@ class ScriptedRunner:
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None: ...
 
-    def execute(self, batch: ScheduledBatch) -> StepResult:
+    def launch(self, batch: ScheduledBatch) -> StepResult:
         self.executed.append(len(batch.rows))
         if self.broken or any(row.seq_id.rpartition("/")[0] in self.poisoned for row in batch.rows):
             raise RuntimeError("secret prompt text")
@@ -104,8 +107,8 @@ def test_one_poisoned_request_of_sixteen_fails_alone(core: EngineCore, runner: S
         else:
             assert [token for item in items for token in item.token_ids] == [7, 7, 7]
             assert items[-1].finish_reason == "length"
-    # The failed step and its halves, down to single rows; then the steps of the fifteen others.
-    assert runner.executed == [16, 8, 8, 4, 2, 2, 1, 1, 4, 15, 15]
+    # The failed step, once more as a whole, and its halves, down to single rows; then the steps of the fifteen others.
+    assert runner.executed == [16, 16, 8, 8, 4, 2, 2, 1, 1, 4, 15, 15]
     core.idle()
     assert sorted(set(runner.released)) == sorted(f"r{index}/0" for index in range(16))
     assert core.scheduler.blocks.num_free_blocks == 256

@@ -1,0 +1,93 @@
+"""Decode steps on a device that works on its own: captured, and fed with tokens that the host has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from ..kernels.backend import DeviceBackend
+from ..scheduler.batch import ScheduledBatch, ScheduledRow
+from .cuda_graph import DecodeGraphs
+from .decode_step import NO_SOURCE, DecodeStep
+from .device import to_device
+from .device_slots import DeviceSlots
+from .drawn import Drawn
+from .registry import CausalLM
+from .sampler import Sampler
+
+MAX_GRAPH_ROWS = 256
+
+
+class DecodeAhead:
+    """Knows where the tokens of the latest step lie, and runs batches of nothing but decodes."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        backend: DeviceBackend,
+        sampler: Sampler,
+        kv_pool: torch.Tensor,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        vocab_size: int,
+    ) -> None:
+        block_size = kv_pool.shape[4]
+        self._sampler = sampler
+        self._max_rows = min(max_num_seqs, MAX_GRAPH_ROWS)
+        # One more than sequences: the probe after a failure brings one of its own.
+        self._slots = DeviceSlots(max_num_seqs + 1, -(-max_model_len // block_size), block_size, kv_pool.device)
+        step = DecodeStep(
+            model,
+            backend,
+            kv_pool,
+            self._slots,
+            max_rows=max_num_seqs,
+            max_model_len=max_model_len,
+            vocab_size=vocab_size,
+        )
+        self._drawn = step.drawn
+        self._graphs = DecodeGraphs(step, max_rows=self._max_rows)
+        self._places: dict[str, int] = {}
+        """Sequence → where in `drawn` the latest step left its token."""
+
+    def release(self, seq_ids: Iterable[str]) -> None:
+        self._slots.drop(seq_ids)
+
+    def takes(self, batch: ScheduledBatch) -> bool:
+        """Whether all of a batch is one token per row, each at its sequence's end."""
+        rows = batch.rows
+        return batch.num_decode_rows == len(rows) <= self._max_rows and all(row.draws_token for row in rows)
+
+    def launch(self, rows: Sequence[ScheduledRow]) -> Drawn:
+        """Queue a step of decodes; `rows` as `takes` wants them."""
+        sources = [self._places[row.seq_id] if row.num_unknown_tokens else NO_SOURCE for row in rows]
+        shape = self._graphs.shape(len(rows), max(row.num_tokens for row in rows))
+        self._graphs.step.load(rows, sources, shape)
+        self._graphs.run(shape)
+        if any(self._sampler.asks_for_more(row) for row in rows):
+            drawn = self._sampler.sample(self._graphs.step.logits(len(rows)), rows)
+            self.keep(drawn)
+            return drawn
+        self._places = {row.seq_id: index for index, row in enumerate(rows)}
+        return self._sampler.start(self._drawn[: len(rows)], rows)
+
+    def keep(self, drawn: Drawn) -> None:
+        """Leave the tokens of any step where the next one looks for them."""
+        self._drawn[: len(drawn.seq_ids)].copy_(drawn.ids)
+        self._places = {seq_id: index for index, seq_id in enumerate(drawn.seq_ids)}
+
+    def fill_in(self, token_ids: torch.Tensor, batch: ScheduledBatch) -> None:
+        """Put the tokens that the host does not know into a step's, int64 [num_tokens], where it has left a 0."""
+        targets, sources = [], []
+        end = 0
+        for row in batch.rows:
+            end += row.num_scheduled_tokens
+            if row.num_unknown_tokens and row.draws_token:
+                targets.append(end - 1)
+                sources.append(self._places[row.seq_id])
+        if targets:
+            where, whence = to_device(np.array((targets, sources), np.int64), token_ids.device)
+            token_ids.index_copy_(0, where, self._drawn.index_select(0, whence).clamp(min=0))

@@ -1,0 +1,117 @@
+"""A decode step whose input lies on the device, so that it can be captured once and replayed.
+
+The host writes four numbers per row: the token to run, or where among the last drawn ones it stands; its position;
+its slot. Block tables and sampling parameters are read from the slots, lengths follow from positions, and the tokens
+that the step draws stay where the next step finds them. So a step may be launched before anybody has looked at the
+one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..kernels.backend import DecodeInputs, DeviceBackend, DrawParameters
+from ..scheduler.batch import ScheduledRow
+from .device import to_device
+from .device_slots import DeviceSlots
+from .registry import CausalLM
+
+_FIELDS = 4
+"""Of a row: token, source, position, slot."""
+NO_SOURCE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What a captured step is captured for."""
+
+    num_rows: int
+    """Rows beyond the batch's own are padding."""
+    max_kv_len: int
+    """No row's K/V may be longer."""
+
+
+class DecodeStep:
+    """The computation and its static tensors; not yet captured, see cuda_graph.py."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        backend: DeviceBackend,
+        kv_pool: torch.Tensor,
+        slots: DeviceSlots,
+        *,
+        max_rows: int,
+        max_model_len: int,
+        vocab_size: int,
+    ) -> None:
+        """`max_rows` rows of at most `max_model_len` tokens at once."""
+        self._model = model
+        self._backend = backend
+        self._kv_pool = kv_pool
+        self._slots = slots
+        self._block_size = kv_pool.shape[4]
+        self.max_model_len = max_model_len
+        device = kv_pool.device
+        self._inputs = torch.zeros((_FIELDS, max_rows), dtype=torch.int64, device=device)
+        self.drawn = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        """Tokens of the latest step, -1 where its logits were NaN. [max_rows]"""
+        # Captured steps of all shapes write here, instead of keeping memory of their own each.
+        self._logits = torch.empty((max_rows, vocab_size), dtype=backend.dtype, device=device)
+        self._workspace = backend.decode_workspace(model.attention_spec, self._block_size, max_rows, max_model_len)
+
+    def load(self, rows: Sequence[ScheduledRow], sources: Sequence[int], shape: StepShape) -> None:
+        """Send a step's numbers. `sources[r]`: the place in `drawn` of row r's token, if the host does not know it."""
+        count = len(rows)
+        inputs = np.zeros((_FIELDS, shape.num_rows), np.int64)
+        inputs[1] = NO_SOURCE
+        inputs[3] = self._slots.padding_slot
+        for index, (row, source) in enumerate(zip(rows, sources, strict=True)):
+            position = row.num_computed_tokens
+            inputs[0, index] = row.token_ids[position] if source == NO_SOURCE else 0
+            inputs[2, index] = position
+        inputs[1, :count] = sources
+        inputs[3, :count] = self._slots.update(rows)
+        self._inputs[:, : shape.num_rows].copy_(to_device(inputs, self._inputs.device), non_blocking=True)
+
+    def compute(self, shape: StepShape) -> None:
+        """Run the loaded rows: K/V to the pool, the tokens drawn to `drawn`, logits to where `logits` finds them."""
+        tokens, sources, positions, slot_ids = self._inputs[:, : shape.num_rows]
+        slots = self._slots
+        tokens = torch.where(sources >= 0, self.drawn.index_select(0, sources.clamp(min=0)), tokens)
+        # A row of NaN logits drew -1; its request ends before this step's result is looked at.
+        tokens = tokens.clamp(min=0)
+        width = -(-shape.max_kv_len // self._block_size)
+        tables = slots.block_tables[:, :width].index_select(0, slot_ids)  # int32 [num_rows, width]
+        exists = slot_ids != slots.padding_slot
+        blocks = tables.gather(1, (positions // self._block_size)[:, None]).view(-1).to(torch.int64)
+        places = blocks * self._block_size + positions % self._block_size
+        inputs = DecodeInputs(
+            max_kv_len=shape.max_kv_len,
+            workspace=self._workspace,
+            kv_lens=torch.where(exists, positions + 1, 0).to(torch.int32),
+            positions=positions,
+            slots=torch.where(exists, places, -1),
+            block_tables=tables,
+        )
+        plan = self._backend.plan_decode(inputs, self._model.attention_spec, self._block_size)
+        hidden = self._model.forward(tokens, plan, self._kv_pool)
+        logits = self._logits[: shape.num_rows]
+        logits.copy_(self._model.logits(hidden))
+        parameters = DrawParameters(
+            temperatures=slots.temperatures.index_select(0, slot_ids),
+            top_ks=slots.top_ks.index_select(0, slot_ids),
+            top_ps=slots.top_ps.index_select(0, slot_ids),
+            min_ps=slots.min_ps.index_select(0, slot_ids),
+            seeds=slots.seeds.index_select(0, slot_ids),
+            positions=positions + 1,
+        )
+        self.drawn[: shape.num_rows].copy_(self._backend.draw(logits, parameters))
+
+    def logits(self, num_rows: int) -> torch.Tensor:
+        """Of the latest step, until the next one: [num_rows, vocab]."""
+        return self._logits[:num_rows]

@@ -1,0 +1,134 @@
+"""What a decode step needs of each sequence, kept on the device: block tables and sampling parameters.
+
+A sequence has a slot from its first decode step to its end. What changes between two steps is little (a block now and
+then, a new sequence), so only that is sent; a captured step reads the rest where it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..scheduler.batch import ScheduledRow
+from .device import to_device
+
+_MASK64 = 2**64 - 1
+
+
+@dataclass(slots=True)
+class _Entry:
+    slot: int
+    params: object
+    seed: int
+    view: Sequence[int] = ()
+    """The scheduler's live table. A sequence that comes back after a preemption has another."""
+    sent: list[int] = field(default_factory=list)
+    """That table as the device knows it."""
+    num_written_blocks: int = 0
+    """Leading blocks that are never written again, and therefore never replaced, as of the last look."""
+
+
+class DeviceSlots:
+    """Slots 0 … num_slots - 1, and one more that is nobody's: padded rows of a captured step stand there."""
+
+    def __init__(self, num_slots: int, max_blocks: int, block_size: int, device: torch.device) -> None:
+        self._device = device
+        self._entries: dict[str, _Entry] = {}
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._max_blocks = max_blocks
+        self._block_size = block_size
+        self.padding_slot = num_slots
+        self.block_tables = torch.zeros((num_slots + 1, max_blocks), dtype=torch.int32, device=device)
+        self.temperatures = torch.zeros(num_slots + 1, dtype=torch.float32, device=device)
+        self.top_ps = torch.ones(num_slots + 1, dtype=torch.float32, device=device)
+        self.min_ps = torch.zeros(num_slots + 1, dtype=torch.float32, device=device)
+        self.top_ks = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
+        self.seeds = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
+
+    def drop(self, seq_ids: Iterable[str]) -> None:
+        """Free the slots of sequences that ended; unknown ids are ignored."""
+        for seq_id in seq_ids:
+            entry = self._entries.pop(seq_id, None)
+            if entry is not None:
+                self._free.append(entry.slot)
+
+    def update(self, rows: Sequence[ScheduledRow]) -> npt.NDArray[np.int64]:
+        """Bring the device up to date for these rows; their slots. [num_rows]"""
+        fresh: list[tuple[int, ScheduledRow]] = []
+        places: list[int] = []
+        blocks: list[int] = []
+        slots = np.empty(len(rows), np.int64)
+        self._make_room(rows)
+        for index, row in enumerate(rows):
+            entry = self._entry(row, fresh)
+            slots[index] = entry.slot
+            self._note_changes(entry, row, places, blocks)
+        if places:
+            where, values = to_device(np.array((places, blocks), np.int64), self._device)
+            self.block_tables.view(-1).index_copy_(0, where, values.to(torch.int32))
+        if fresh:
+            self._write_parameters(fresh)
+        return slots
+
+    def _make_room(self, rows: Sequence[ScheduledRow]) -> None:
+        """Free slots for rows that have none: those of sequences that do not run in this step (preempted ones, say)
+        are taken, and sent anew when they are back."""
+        num_missing = sum(row.seq_id not in self._entries for row in rows) - len(self._free)
+        if num_missing <= 0:
+            return
+        present = {row.seq_id for row in rows}
+        absent = [seq_id for seq_id in self._entries if seq_id not in present]
+        self.drop(absent[:num_missing])
+
+    def _note_changes(self, entry: _Entry, row: ScheduledRow, places: list[int], blocks: list[int]) -> None:
+        """Append what the device does not know of a row's table yet. Costs the same however long the table is.
+
+        While a table lives it grows at its end, and copy-on-write replaces the block of the first written token; no
+        other entry ever changes.
+        """
+        ids, sent = row.block_ids[0], entry.sent
+        if entry.view is not ids:
+            entry.view = ids
+            sent.clear()
+            entry.num_written_blocks = 0
+        first_place = entry.slot * self._max_blocks
+        written = row.num_computed_tokens // self._block_size
+        # Steps that do not come by here replace blocks too: look at all that were written since the last time.
+        for index in range(entry.num_written_blocks, min(written + 1, len(sent))):
+            if sent[index] != ids[index]:
+                sent[index] = ids[index]
+                places.append(first_place + index)
+                blocks.append(ids[index])
+        entry.num_written_blocks = written
+        if len(sent) < len(ids):
+            places.extend(range(first_place + len(sent), first_place + len(ids)))
+            blocks.extend(ids[len(sent) :])
+            sent.extend(ids[len(sent) :])
+
+    def _entry(self, row: ScheduledRow, fresh: list[tuple[int, ScheduledRow]]) -> _Entry:
+        entry = self._entries.get(row.seq_id)
+        if entry is not None and entry.params is row.params and entry.seed == row.seed:
+            return entry
+        # Another sequence under the same id has parameters of its own.
+        # A step has no more rows than there are slots: `_make_room` has seen to it.
+        slot = self._free.pop() if entry is None else entry.slot
+        entry = self._entries[row.seq_id] = _Entry(slot, row.params, row.seed)
+        fresh.append((slot, row))
+        return entry
+
+    def _write_parameters(self, fresh: Sequence[tuple[int, ScheduledRow]]) -> None:
+        params = [row.params for _, row in fresh]
+        floats = np.array([(p.temperature, p.top_p, p.min_p) for p in params], np.float32).T
+        seeds = np.array([row.seed & _MASK64 for _, row in fresh], np.uint64).view(np.int64)
+        integers = np.stack((np.array([slot for slot, _ in fresh]), np.array([p.top_k for p in params]), seeds))
+        slots, top_ks, seed_bits = to_device(integers, self._device)
+        temperatures, top_ps, min_ps = to_device(np.ascontiguousarray(floats), self._device)
+        self.temperatures.index_copy_(0, slots, temperatures)
+        self.top_ps.index_copy_(0, slots, top_ps)
+        self.min_ps.index_copy_(0, slots, min_ps)
+        self.top_ks.index_copy_(0, slots, top_ks.to(torch.int32))
+        self.seeds.index_copy_(0, slots, seed_bits)

@@ -1,0 +1,67 @@
+"""Drawn tokens on their way from the device to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..scheduler.batch import SampledRow, TokenLogprobs
+
+NAN_ROW = -1
+"""Stands for "this row's logits are NaN" among drawn ids."""
+
+
+@dataclass(slots=True, frozen=True)
+class TopLogprobs:
+    """Log probabilities of the rows that ask for them: their drawn token, then the most probable ones."""
+
+    wanted: Mapping[int, int]
+    """Row → how many of the most probable. [m]"""
+    token_ids: torch.Tensor  # int64 [m, 1 + k]
+    values: torch.Tensor  # fp32 [m, 1 + k]
+
+
+@dataclass(slots=True)
+class Drawn:
+    """The tokens of a step's drawing rows. On a GPU their copy to the host runs beside what is launched next."""
+
+    seq_ids: Sequence[str]
+    ids: torch.Tensor  # int64 [n], on the device, NAN_ROW for a row whose logits hold a NaN
+    _host_ids: torch.Tensor
+    _logprobs: TopLogprobs | None
+
+    @classmethod
+    def start(cls, seq_ids: Sequence[str], ids: torch.Tensor, logprobs: TopLogprobs | None) -> Drawn:
+        """Begin the copy. `ids` may be overwritten by work that is queued later."""
+        if ids.device.type != "cuda":
+            return cls(seq_ids, ids, ids.clone(), logprobs)
+        host_ids = _to_pinned(ids)
+        if logprobs is not None:
+            logprobs = TopLogprobs(logprobs.wanted, _to_pinned(logprobs.token_ids), _to_pinned(logprobs.values))
+        return cls(seq_ids, ids, host_ids, logprobs)
+
+    def rows(self) -> list[SampledRow]:
+        """Call when the step has ended. Raises FloatingPointError if any row's logits held NaN."""
+        tokens: list[int] = self._host_ids.tolist()
+        if NAN_ROW in tokens:
+            raise FloatingPointError("the model produced NaN logits")
+        logprobs = {} if self._logprobs is None else _by_row(self._logprobs)
+        return [
+            SampledRow(seq_id, [token], [logprobs[index]] if index in logprobs else None)
+            for index, (seq_id, token) in enumerate(zip(self.seq_ids, tokens, strict=True))
+        ]
+
+
+def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _by_row(logprobs: TopLogprobs) -> dict[int, TokenLogprobs]:
+    ids, values = logprobs.token_ids.tolist(), logprobs.values.tolist()
+    return {
+        index: TokenLogprobs(ids[place][: count + 1], values[place][: count + 1])
+        for place, (index, count) in enumerate(logprobs.wanted.items())
+    }

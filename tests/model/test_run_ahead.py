@@ -1,0 +1,98 @@
+"""Steps that are launched before the one before them has been looked at: the engine's tokens must not show it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from octavo.model.config import ModelConfig
+from octavo.model.runner import ModelRunner
+from octavo.scheduler.config import CacheConfig, SchedulerConfig
+from octavo.scheduler.sampling_params import SamplingParams
+from octavo.scheduler.scheduler import Scheduler
+from octavo.server.engine.core import EngineCore
+from octavo.server.engine.messages import GenerateRequest
+from transformers import LlamaConfig
+from transformers import LlamaForCausalLM as TransformersLlama
+
+VOCAB = 96
+BLOCK = 16
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with two query heads for each K/V head."""
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, initializer_range=0.3,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("llama")
+    TransformersLlama(config).save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+    return folder
+
+
+def requests() -> list[GenerateRequest]:
+    """Prompts of all lengths; greedy and drawn, penalised and biased rows, parallel samples, one that stops early."""
+    generator = torch.Generator().manual_seed(1)
+    kinds = [
+        SamplingParams(temperature=0.0, max_tokens=8),
+        SamplingParams(temperature=0.9, seed=3, max_tokens=7),
+        SamplingParams(temperature=1.2, seed=4, top_k=9, top_p=0.8, max_tokens=6),
+        SamplingParams(temperature=0.0, repetition_penalty=1.5, frequency_penalty=0.4, max_tokens=9),
+        SamplingParams(temperature=0.8, seed=5, n=2, max_tokens=12),
+        SamplingParams(temperature=0.0, logit_bias={7: 3.0}, logprobs=2, max_tokens=8),
+        SamplingParams(temperature=0.7, seed=6, min_tokens=4, stop_token_ids=tuple(range(3, 40)), max_tokens=18),
+        SamplingParams(temperature=0.0, max_tokens=1),
+    ]
+    lengths = [5, 40, 16, 50, 33, 1, 20, 31]
+    return [
+        GenerateRequest(
+            request_id=f"r{index}",
+            prompt_token_ids=torch.randint(3, VOCAB, (length,), generator=generator).tolist(),
+            params=params,
+        )
+        for index, (length, params) in enumerate(zip(lengths, kinds, strict=True))
+    ]
+
+
+def run(
+    checkpoint: Path, backend: str, num_blocks: int, budget: int
+) -> tuple[dict[tuple[str, int], list[int]], Scheduler]:
+    """Requests arrive two per step; the tokens of every sample."""
+    config = ModelConfig(path=str(checkpoint), dtype="float32", device="cpu", kernel_backend=backend)
+    runner = ModelRunner(config, block_size=BLOCK)
+    assert runner.spec.eos_token_ids == (2,)
+    block_bytes = 2 * 2 * 2 * 16 * BLOCK * 4
+    plan = runner.allocate_cache(
+        kv_cache_memory=num_blocks * block_bytes, max_num_seqs=8, max_model_len=112, max_num_batched_tokens=budget
+    )
+    scheduler = Scheduler(
+        SchedulerConfig(max_num_seqs=8), CacheConfig(block_size=BLOCK), num_blocks=plan.num_blocks,
+        max_model_len=plan.max_model_len, max_num_batched_tokens=budget, eos_token_ids=(2,),
+    )  # fmt: skip
+    core = EngineCore(scheduler, runner)
+    tokens: dict[tuple[str, int], list[int]] = {}
+    pending = requests()
+    while pending or core.has_work:
+        for request in pending[:2]:
+            core.add(request)
+        pending = pending[2:]
+        for output in core.step().outputs:
+            assert output.error is None
+            tokens.setdefault((output.request_id, output.sample_index), []).extend(output.token_ids)
+    core.idle()
+    assert scheduler.blocks.pool.num_free == scheduler.blocks.pool.num_usable
+    return tokens, scheduler
+
+
+@pytest.mark.parametrize(("num_blocks", "budget"), [(60, 64), (7, 24)], ids=["ample", "with preemptions"])
+def test_running_ahead_says_the_same(checkpoint: Path, num_blocks: int, budget: int) -> None:
+    expected, _ = run(checkpoint, "reference", num_blocks, budget)
+    found, scheduler = run(checkpoint, "triton", num_blocks, budget)
+    assert found == expected
+    assert len(found) == 9
+    assert (scheduler.counters.num_preemptions > 0) == (num_blocks == 7)
