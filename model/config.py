@@ -7,12 +7,15 @@ from typing import Literal
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+LoadFormat = Literal["auto", "dummy"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     path: str
     """A local .gguf file or a directory with config.json and safetensors (see weights/resolve.py for names)."""
+    load_format: LoadFormat = "auto"
+    """dummy: random weights, of which config.json alone says the shapes (weights/dummy.py)."""
     dtype: DType = "auto"
     """Type of activations and K/V. auto: bfloat16 where the device multiplies it natively, else float32."""
     device: Device = "auto"

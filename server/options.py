@@ -120,6 +120,14 @@ OPTIONS: tuple[Option, ...] = (
         "model",
         repeated=True,
     ),
+    Option(
+        "load_format",
+        _choice("auto", "dummy"),
+        "auto",
+        "FORMAT",
+        "auto: whatever the model's files are; dummy: random weights, for which config.json and a tokenizer are enough",
+        "model",
+    ),
     Option("device", _choice("auto", "cpu", "cuda"), "auto", "DEVICE", "auto | cpu | cuda", "model"),
     Option(
         "dtype",
@@ -138,7 +146,14 @@ OPTIONS: tuple[Option, ...] = (
         "prompt and output of one sequence at most; default: what the model was trained for, fitted to the K/V pool",
         "model",
     ),
-    Option("kernel_backend", _choice("auto", "reference"), "auto", "NAME", "auto | reference", "model"),
+    Option(
+        "kernel_backend",
+        _choice("auto", "reference", "triton"),
+        "auto",
+        "NAME",
+        "auto | reference | triton; auto is triton on a GPU of compute capability 8.0 or more, else reference",
+        "model",
+    ),
     Option("seed", _integer(0), 0, "N", "seeds the requests that bring no seed of their own", "model"),
     Option(
         "generation_config",
@@ -304,6 +319,7 @@ def server_config(values: Mapping[str, Any], *, model_path: str, model_name: str
         engine=EngineConfig(
             model=ModelConfig(
                 path=model_path,
+                load_format=values["load_format"],
                 dtype=values["dtype"],
                 device=values["device"],
                 max_model_len=values["max_model_len"],

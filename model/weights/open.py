@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from ..config import LoadFormat
 from ..spec import ModelSpec
+from .dummy import DummySource, open_dummy
 from .gguf_source import GgufSource, open_gguf
 from .resolve import resolve_model
 from .safetensors_source import SafetensorsSource, open_safetensors
 
 
-def open_weights(path: str) -> GgufSource | SafetensorsSource:
-    """Open a .gguf file, a directory with config.json and safetensors, or whatever else `resolve_model` accepts.
+def open_weights(path: str, load_format: LoadFormat = "auto") -> GgufSource | SafetensorsSource | DummySource:
+    """Open a .gguf file, a directory with config.json and safetensors, or whatever else `resolve_model` accepts; under
+    `load_format` "dummy", a directory with config.json, whose weights are then random, and the same every time.
 
-    Both sources satisfy `WeightSource`. Raises ModelError.
+    All sources satisfy `WeightSource`. Raises ModelError.
     """
+    if load_format == "dummy":
+        return open_dummy(resolve_model(path, needs_weights=False).path)
     files = resolve_model(path)
     return open_gguf(files.path) if files.kind == "gguf" else open_safetensors(files.path)
 

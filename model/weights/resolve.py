@@ -17,9 +17,13 @@ DEFAULT_NAME = "SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?(?::(?P<file>[^:@\\]+\.gguf))?"
 )
-HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
+_WEIGHTS = "*.safetensors"
+HUB_PATTERNS = ["*.json", _WEIGHTS, "tokenizer*", "*.model", "*.jinja", "*.txt"]
 # Second copies of the same weights in other layouts, which some repositories carry.
 HUB_IGNORED = ["original/*", "consolidated*", "onnx/*", "*/*"]
+_DUMMY_WANTS_CONFIG = (
+    "dummy weights need a model's config.json; name a directory that holds one, or a hub id such as org/name"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +52,30 @@ class HubName:
         return f"{self.repo}{revision}:{self.file}" if self.file else f"{self.repo}{revision}"
 
 
-def resolve_model(name: str | None) -> ModelFiles:
+def resolve_model(name: str | None, *, needs_weights: bool = True) -> ModelFiles:
     """Find (or fetch from the Hugging Face hub) the model a user named.
 
     None means the default model. Otherwise: a .gguf file; a directory with config.json and safetensors, or with
     exactly one .gguf; a hub id `org/name[@revision]`; or one file of the hub, `org/name[@revision]:file.gguf`.
+    Without `needs_weights` a directory with config.json is enough, no .gguf is accepted, and no weights are fetched.
     Raises ModelError with one line that says what is wrong and how to mend it.
     """
-    found = locate_model(name)
+    found = locate_model(name, needs_weights=needs_weights)
+    if not needs_weights and (found.file if isinstance(found, HubName) else found.kind == "gguf"):
+        raise ModelError(_DUMMY_WANTS_CONFIG)
     if isinstance(found, ModelFiles):
         return found
-    return _hub_file(found, found.file) if found.file else _hub_snapshot(found)
+    return _hub_file(found, found.file) if found.file else _hub_snapshot(found, needs_weights)
 
 
-def locate_model(name: str | None) -> ModelFiles | HubName:
+def locate_model(name: str | None, *, needs_weights: bool = True) -> ModelFiles | HubName:
     """The same without fetching anything: the files, or what the hub calls them."""
     if name is None:
         return _default_model()
     if not name.strip() or "\0" in name:
         raise ModelError("the model's name is empty; give a .gguf file, a directory, or a hub id such as org/name")
     try:
-        found = _local(name)
+        found = _local(name, needs_weights)
     # OSError: too long, or not ours to look at; RuntimeError: nobody's home directory; ValueError: not UTF-8.
     except (OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -94,12 +101,12 @@ def _default_model() -> ModelFiles:
     return ModelFiles(path=files[0].absolute(), kind="gguf", name=DEFAULT_NAME)
 
 
-def _local(name: str) -> ModelFiles | None:
+def _local(name: str, needs_weights: bool) -> ModelFiles | None:
     """Absolute, but with links as they are: the hub's cache links `model.gguf` to a blob whose name says nothing."""
     path = Path(name).expanduser().absolute()
     if path.is_file():
         return _local_file(path)
-    return _local_directory(path) if path.is_dir() else None
+    return _local_directory(path, needs_weights) if path.is_dir() else None
 
 
 def _local_file(path: Path) -> ModelFiles:
@@ -110,12 +117,14 @@ def _local_file(path: Path) -> ModelFiles:
     raise ModelError(f"{path} is not a .gguf file; give a .gguf file or a directory with config.json and safetensors")
 
 
-def _local_directory(path: Path) -> ModelFiles:
+def _local_directory(path: Path, needs_weights: bool) -> ModelFiles:
     name = path.resolve().name if path.name == ".." else path.name
     has_config = (path / "config.json").is_file()
     has_safetensors = any(path.glob("*.safetensors"))
-    if has_config and has_safetensors:
+    if has_config and (has_safetensors or not needs_weights):
         return ModelFiles(path=path, kind="hf", name=name)
+    if not needs_weights:
+        raise ModelError(f"{path} has no config.json; {_DUMMY_WANTS_CONFIG}")
     gguf_files = sorted(path.glob("*.gguf"))
     if len(gguf_files) == 1:
         return ModelFiles(path=gguf_files[0], kind="gguf", name=gguf_files[0].stem)
@@ -136,16 +145,20 @@ def _looks_like_path(name: str) -> bool:
     return os.path.isdir(name.split("/", 1)[0])
 
 
-def _hub_snapshot(hub: HubName) -> ModelFiles:
+def _hub_snapshot(hub: HubName, needs_weights: bool) -> ModelFiles:
+    wanted = HUB_PATTERNS if needs_weights else [pattern for pattern in HUB_PATTERNS if pattern != _WEIGHTS]
     try:
         from huggingface_hub import snapshot_download
 
         folder = Path(
-            snapshot_download(hub.repo, revision=hub.revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED)
+            snapshot_download(hub.repo, revision=hub.revision, allow_patterns=wanted, ignore_patterns=HUB_IGNORED)
         )
     except Exception as error:
         raise hub_error(hub.label, error) from error
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+    has_config = (folder / "config.json").is_file()
+    if not has_config and not needs_weights:
+        raise ModelError(f"{hub.label} has no config.json; {_DUMMY_WANTS_CONFIG}")
+    if not has_config or (needs_weights and not any(folder.glob(_WEIGHTS))):
         raise ModelError(
             f"{hub.label} has no config.json with safetensors; for a GGUF file of a repository write "
             f"{hub.repo}:file.gguf"

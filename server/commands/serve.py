@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ...model.weights.resolve import resolve_model
 
-    files = resolve_model(values["model"])
+    files = resolve_model(values["model"], needs_weights=values["load_format"] != "dummy")
     config = server_config(values, model_path=str(files.path), model_name=files.name)
     listener = _listen(config.host, config.port)
 
