@@ -39,9 +39,9 @@ def requests() -> list[GenerateRequest]:
     """Prompts of all lengths; greedy and drawn, penalised and biased rows, parallel samples, one that stops early."""
     generator = torch.Generator().manual_seed(1)
     kinds = [
-        SamplingParams(temperature=0.0, max_tokens=8),
-        SamplingParams(temperature=0.9, seed=3, max_tokens=7),
-        SamplingParams(temperature=1.2, seed=4, top_k=9, top_p=0.8, max_tokens=6),
+        SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True),
+        SamplingParams(temperature=0.9, seed=3, max_tokens=26, ignore_eos=True),
+        SamplingParams(temperature=1.2, seed=4, top_k=9, top_p=0.8, max_tokens=22, ignore_eos=True),
         SamplingParams(temperature=0.0, repetition_penalty=1.5, frequency_penalty=0.4, max_tokens=9),
         SamplingParams(temperature=0.8, seed=5, n=2, max_tokens=12),
         SamplingParams(temperature=0.0, logit_bias={7: 3.0}, logprobs=2, max_tokens=8),
@@ -89,10 +89,10 @@ def run(
     return tokens, scheduler
 
 
-@pytest.mark.parametrize(("num_blocks", "budget"), [(60, 64), (7, 24)], ids=["ample", "with preemptions"])
+@pytest.mark.parametrize(("num_blocks", "budget"), [(60, 64), (9, 24)], ids=["ample", "with preemptions"])
 def test_running_ahead_says_the_same(checkpoint: Path, num_blocks: int, budget: int) -> None:
     expected, _ = run(checkpoint, "reference", num_blocks, budget)
     found, scheduler = run(checkpoint, "triton", num_blocks, budget)
     assert found == expected
     assert len(found) == 9
-    assert (scheduler.counters.num_preemptions > 0) == (num_blocks == 7)
+    assert (scheduler.counters.num_preemptions > 0) == (num_blocks == 9)
