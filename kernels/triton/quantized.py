@@ -1,8 +1,9 @@
 """Products with weights that stay quantised: codes become numbers in registers, on their way to the matrix unit.
 
 At few rows a product costs what reading its matrix costs, and 4.5 bits per weight are a quarter of 16. Against that
-stands unpacking, at six to eight instructions per weight (counted in the machine code for sm_90): how much of the
-quarter is left is for a GPU to say. quantized_layout.py has the layout and the encodings.
+stands unpacking: seven instructions per weight of Q4_0 or Q8_0, nine of Q4_K or Q6_K, eleven of Q2_K, product and all
+(counted in the machine code for sm_90, at 16 rows). How much of the gain is left is for a GPU to say.
+quantized_layout.py has the layout and the encodings.
 
     grid (tile of rows, tile of outputs, split)     a program: the products of one tile over one range of the inputs
 
@@ -11,8 +12,8 @@ quarter is left is for a GPU to say. quantized_layout.py has the layout and the 
 
 How many splits a matrix has follows from its shape alone, and a row of x is multiplied in the same order in every tile
 of rows. So up to `MAX_QUANTIZED_ROWS` a row's result does not depend on how many others come with it. There is no path
-of its own for a single row: multiplying element by element takes as many instructions per weight as a product of 16
-rows on the matrix unit, and Triton would not load ahead for it.
+of its own for a single row: multiplying element by element saves a fifth of the instructions at most, and Triton would
+not load ahead for it.
 
 Beyond that many rows arithmetic is the limit, not memory: weights are then made dense, a piece at a time, for
 torch's own product.
