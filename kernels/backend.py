@@ -7,7 +7,7 @@ both are opaque to the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -80,6 +80,11 @@ class DrawParameters:
     positions: torch.Tensor  # int64, of the token to draw in its sequence
 
 
+StepFunction = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
+"""(token_ids int64 [num_tokens], plan, logits_indices int64 [num_logits]) → logits [num_logits, vocab]: a whole step of
+a model, made of a backend's operators."""
+
+
 class KernelBackend(Protocol):
     """Operators of a decoder-only transformer over a paged KV pool.
 
@@ -105,6 +110,11 @@ class KernelBackend(Protocol):
         """Prepare a [vocab, hidden] table for `embed`, and for `linear` too where the head is tied to it."""
         ...
 
+    def logits(self, x: torch.Tensor, head: Any) -> torch.Tensor:
+        """As `linear`, with the matrix or table that is the model's head: x [n, hidden] → [n, vocab], in the working
+        dtype or fp32, whatever rounds less at no cost."""
+        ...
+
     def embed(self, token_ids: torch.Tensor, table: Any) -> torch.Tensor:
         """token_ids int64 [num_tokens] → [num_tokens, hidden]."""
         ...
@@ -121,6 +131,14 @@ class KernelBackend(Protocol):
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(rms_norm(x + residual), x + residual); both [num_tokens, hidden]. May overwrite its inputs."""
+        ...
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """x + residual, both [num_tokens, hidden]. May overwrite `residual`."""
+        ...
+
+    def select_rows(self, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Rows `indices`, int64 [n], of x [num_tokens, hidden] → [n, hidden]."""
         ...
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -166,7 +184,28 @@ class KernelBackend(Protocol):
 
 
 @runtime_checkable
-class DeviceBackend(KernelBackend, Protocol):
+class DrawingBackend(KernelBackend, Protocol):
+    """A backend that draws tokens by kernels of its own."""
+
+    def draw(self, logits: torch.Tensor, parameters: DrawParameters) -> torch.Tensor:
+        """logits [num_rows, vocab] → token ids int64 [num_rows], -1 for a row with a NaN: the tokens that the model
+        room's sampler draws."""
+        ...
+
+
+@runtime_checkable
+class RecordingBackend(KernelBackend, Protocol):
+    """A backend that runs a whole step in one call, once it has been told what a step is."""
+
+    def record(self, compute: StepFunction, *, max_num_tokens: int, max_num_logits: int) -> StepFunction | None:
+        """Call `compute` once with stand-ins, remember the operators that it calls, and return what runs them for any
+        step of up to so many rows; its logits are overwritten by the next step. None where `compute` does more than
+        call operators of this backend, or not the same in every step."""
+        ...
+
+
+@runtime_checkable
+class DeviceBackend(DrawingBackend, Protocol):
     """A backend whose decode steps need nothing of the host while they run, so that they can be captured and replayed
     (CUDA graphs), and launched before the step before them has been looked at."""
 
@@ -176,9 +215,4 @@ class DeviceBackend(KernelBackend, Protocol):
 
     def plan_decode(self, inputs: DecodeInputs, spec: AttentionSpec, block_size: int) -> Any:
         """As `plan_attention`, from device tensors alone."""
-        ...
-
-    def draw(self, logits: torch.Tensor, parameters: DrawParameters) -> torch.Tensor:
-        """logits [num_rows, vocab] → token ids int64 [num_rows], -1 for a row with a NaN: the tokens that the model
-        room's sampler draws."""
         ...

@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from .backend import DeviceBackend, KernelBackend
+from .backend import DeviceBackend, DrawingBackend, KernelBackend, RecordingBackend
 
 BACKENDS = ("auto", "reference", "triton")
 
@@ -47,3 +47,13 @@ def _why_no_triton(device: torch.device) -> str | None:
 def as_device_backend(backend: KernelBackend) -> DeviceBackend | None:
     """The backend, if its decode steps run without the host."""
     return backend if isinstance(backend, DeviceBackend) else None
+
+
+def as_drawing_backend(backend: KernelBackend) -> DrawingBackend | None:
+    """The backend, if it draws tokens itself."""
+    return backend if isinstance(backend, DrawingBackend) else None
+
+
+def as_recording_backend(backend: KernelBackend) -> RecordingBackend | None:
+    """The backend, if it runs recorded steps."""
+    return backend if isinstance(backend, RecordingBackend) else None

@@ -46,6 +46,10 @@ class Linear:
         """[num_tokens, in] → [num_tokens, sum of outs]."""
         return self._backend.linear(x, self._packed)
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] → [n, vocab], where the matrix is the head."""
+        return self._backend.logits(hidden, self._packed)
+
 
 class Attention:
     """Grouped-query attention (Ainslie et al. 2023) over the paged pool, with rotary positions."""
@@ -89,7 +93,7 @@ class Embedding:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden] → [n, vocab]."""
-        return self._backend.linear(hidden, self._packed)
+        return self._backend.logits(hidden, self._packed)
 
 
 def attention_spec(spec: ModelSpec) -> AttentionSpec:

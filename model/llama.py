@@ -88,8 +88,8 @@ class LlamaForCausalLM:
             x = layer.attention(x, self._rope_table, kv_pool[index], plan)
             x, residual = layer.mlp_norm.add(x, residual)
             x = layer.mlp(x)
-        return residual.add_(x)
+        return self._backend.add(x, residual)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = self._norm(hidden)
-        return self._embedding.logits(hidden) if self._head is None else self._head(hidden)
+        return (self._head or self._embedding).logits(hidden)

@@ -34,7 +34,7 @@ class CausalLM(Protocol):
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Final norm and head: [n, hidden] → [n, vocab], in the working dtype."""
+        """Final norm and head: [n, hidden] → [n, vocab], in the working dtype or fp32."""
         ...
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from ..kernels.select import as_device_backend, select_backend
+from ..kernels.backend import RecordingBackend, StepFunction
+from ..kernels.select import as_device_backend, as_drawing_backend, as_recording_backend, select_backend
 from ..scheduler.batch import BlockCopy, ScheduledBatch, StepResult
 from .block_tables import BlockTables
 from .config import ModelConfig
@@ -24,6 +27,8 @@ from .sampler import Sampler
 from .spec import ModelError
 from .weights.open import open_weights
 from .weights.source import WeightSource
+
+logger = logging.getLogger("octavo.model")
 
 _SMALLER_WEIGHTS = "free some memory, or choose a smaller model, dtype bfloat16 or another device"
 
@@ -74,10 +79,10 @@ class ModelRunner:
                 raise ModelError(str(error)) from error
             with _needing_memory(f"the weights ({self.weight_bytes / 2**30:.2f} GiB)", _SMALLER_WEIGHTS):
                 self._model = load_model(source, self.backend, lambda share: report("load", share))
-                device_backend = as_device_backend(self.backend)
-                self._sampler = Sampler(self.spec.vocab_size, self._device, device_backend)
+                self._sampler = Sampler(self.spec.vocab_size, self._device, as_drawing_backend(self.backend))
         self._block_tables = BlockTables()
         self._kv_pool: torch.Tensor | None = None
+        self._step: StepFunction = self._compute
         self._decode: DecodeAhead | None = None
 
     @contextmanager
@@ -118,6 +123,9 @@ class ModelRunner:
         what = f"the rotations of {plan.max_model_len} positions"
         with _needing_memory(what, "give a smaller max-model-len or kv-cache-memory"):
             self._model.prepare(plan.max_model_len)
+        recording_backend = as_recording_backend(self.backend)
+        if recording_backend is not None:
+            self._record(recording_backend, max_num_seqs, max_num_batched_tokens)
         device_backend = as_device_backend(self.backend)
         if device_backend is not None:
             self._decode = DecodeAhead(
@@ -196,10 +204,24 @@ class ModelRunner:
 
     def _forward(self, batch: ForwardBatch) -> torch.Tensor:
         plan = self.backend.plan_attention(batch.attention, self._model.attention_spec, self.block_size)
-        hidden = self._model.forward(batch.token_ids, plan, self.kv_pool)  # [num_tokens, hidden]
-        if not batch.drawing_rows:
+        return self._step(batch.token_ids, plan, batch.logits_indices)
+
+    def _compute(self, token_ids: torch.Tensor, plan: Any, logits_indices: torch.Tensor) -> torch.Tensor:
+        """One step; a `StepFunction`."""
+        hidden = self._model.forward(token_ids, plan, self.kv_pool)  # [num_tokens, hidden]
+        if not logits_indices.numel():
             return hidden.new_empty((0, self.spec.vocab_size))
-        return self._model.logits(hidden.index_select(0, batch.logits_indices))
+        return self._model.logits(self.backend.select_rows(hidden, logits_indices))
+
+    @torch.inference_mode()
+    def _record(self, backend: RecordingBackend, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        # One more than sequences: the probe after a failure brings one of its own.
+        max_num_logits = min(max_num_seqs, max_num_batched_tokens) + 1
+        step = backend.record(self._compute, max_num_tokens=max_num_batched_tokens, max_num_logits=max_num_logits)
+        if step is None:
+            logger.warning("this model runs operator by operator: its steps cannot be recorded")
+        else:
+            self._step = step
 
 
 @dataclass(slots=True)

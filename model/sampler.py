@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import torch
 
-from ..kernels.backend import DeviceBackend, DrawParameters
+from ..kernels.backend import DrawingBackend, DrawParameters
 from ..scheduler.batch import ScheduledRow
 from ..scheduler.sampling_params import SamplingParams
 from .device import ids_to_device, to_device
@@ -31,10 +31,10 @@ class Sampler:
     and take the arg max of that, which samples exactly (Gumbel-max trick), and equally in any batch.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device, device_backend: DeviceBackend | None = None) -> None:
-        """`device_backend` draws with kernels of its own."""
+    def __init__(self, vocab_size: int, device: torch.device, drawing_backend: DrawingBackend | None = None) -> None:
+        """`drawing_backend` draws instead of torch."""
         self._device = device
-        self._device_backend = device_backend
+        self._drawing_backend = drawing_backend
         self._counts = TokenCounts(vocab_size, device)
         self._edits = LogitEdits(vocab_size, device)
         self._noise = GumbelNoise(vocab_size, device)
@@ -51,7 +51,7 @@ class Sampler:
         processed = process_logits(logits, rows, self._edits, self._counts, self._chunk_rows)
         drawn = self._draw(processed, rows)  # [n]
         penalised = [index for index, row in enumerate(rows) if row.params.has_penalties]
-        if penalised and self._device_backend is not None:
+        if penalised and self._drawing_backend is not None:
             # Counted here and now: the next step may be launched before the host knows these tokens.
             where = ids_to_device(penalised, self._device)
             self._counts.add_drawn([rows[index] for index in penalised], drawn.index_select(0, where))
@@ -73,8 +73,8 @@ class Sampler:
 
     def _draw(self, processed: torch.Tensor, rows: Sequence[ScheduledRow]) -> torch.Tensor:
         """Processed logits [n, vocab] → token ids int64 [n], -1 for a row with a NaN."""
-        if self._device_backend is not None:
-            return self._device_backend.draw(processed, self._parameters(rows))
+        if self._drawing_backend is not None:
+            return self._drawing_backend.draw(processed, self._parameters(rows))
         drawn = self._draw_in_torch(processed, rows)
         chosen = processed.gather(1, drawn[:, None]).view(-1)  # [n]
         # A NaN wins every arg max and every sort, so the drawn token's logit betrays it.

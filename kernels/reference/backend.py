@@ -34,6 +34,9 @@ class ReferenceBackend:
         product: torch.Tensor = weight.head(x) if isinstance(weight, EmbeddingTable) else weight(x)
         return product
 
+    def logits(self, x: torch.Tensor, head: Any) -> torch.Tensor:
+        return self.linear(x, head)
+
     def pack_embedding(self, table: StoredWeight) -> Any:
         return EmbeddingTable(table.dequantize(self.dtype).to(self.device), self._prepack)
 
@@ -52,6 +55,12 @@ class ReferenceBackend:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         residual = residual.add_(x)
         return self.rms_norm(residual, weight, eps), residual
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return residual.add_(x)
+
+    def select_rows(self, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return x.index_select(0, indices)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         half = gate_up.shape[-1] // 2
