@@ -10,7 +10,7 @@ GPU    := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 SUDO   := $(if $(filter-out 0,$(shell id -u)),sudo)
 ARGS   ?=
 
-.PHONY: help install install-dev serve test lint types format monitoring-tools check-monitoring check clean
+.PHONY: help install install-dev serve test lint types format aot monitoring-tools check-monitoring check clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -53,6 +53,9 @@ types: install-dev  ## mypy, strict, on the five rooms
 	@mkdir -p .typecheck/octavo
 	@for room in block_manager kernels model scheduler server; do ln -sfn ../../$$room .typecheck/octavo/$$room; done
 	$(BIN)/mypy -p octavo.block_manager -p octavo.kernels -p octavo.model -p octavo.scheduler -p octavo.server
+
+aot: install-dev  ## Compile the GPU kernels for sm_80, 90 and 100, without a GPU (ARGS=--quick for the main ones)
+	$(BIN)/python bench/aot.py $(ARGS)
 
 monitoring-tools:  ## Install promtool and prometheus (Debian's, Ubuntu's) if they are missing
 	@command -v promtool >/dev/null && command -v prometheus >/dev/null || \

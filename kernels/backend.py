@@ -7,7 +7,7 @@ both are opaque to the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -94,6 +94,11 @@ class KernelBackend(Protocol):
     name: str
     device: torch.device
     dtype: torch.dtype
+
+    def weight_bytes(self, weights: Iterable[tuple[str, tuple[int, ...]]]) -> int:
+        """Memory that weights of these encodings and shapes take once packed, and what their products need beside
+        them, whatever the number of rows."""
+        ...
 
     def pack_linear(self, parts: Sequence[StoredWeight], bias: Sequence[StoredWeight] = ()) -> Any:
         """Prepare matrices that share their input as one operator; outputs are concatenated in order.

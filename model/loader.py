@@ -45,6 +45,12 @@ def check_weights(source: WeightSource) -> int:
     return sum(math.prod(shape) for _, shape in expected)
 
 
+def stored_weights(source: WeightSource) -> list[tuple[str, tuple[int, ...]]]:
+    """Encoding and shape of every tensor that the family reads; call `check_weights` before."""
+    expected = model_family(source.spec.architecture).parameters(source.spec)
+    return [(source.weight(name).encoding, shape) for name, shape in expected]
+
+
 def _refuse_partial_bias(names: Collection[str]) -> None:
     on_input = any(name.endswith((".q_proj.bias", ".k_proj.bias", ".v_proj.bias")) for name in names)
     if on_input and not any(name.endswith(".o_proj.bias") for name in names):

@@ -21,7 +21,7 @@ from .device import resolve_device, resolve_dtype
 from .drawn import Drawn
 from .forward_batch import ForwardBatch, build_forward_batch
 from .kv_cache import allocate_pool
-from .loader import check_weights, load_model
+from .loader import check_weights, load_model, stored_weights
 from .memory import DEFAULT_BATCHED_TOKENS, CachePlan, cache_request, is_out_of_memory, plan_cache
 from .sampler import Sampler
 from .spec import ModelError
@@ -68,15 +68,15 @@ class ModelRunner:
         dtype = resolve_dtype(config.dtype, self._device)
         with self._phase("open", report):
             source = source or open_weights(config.path, config.load_format)
-            num_parameters = check_weights(source)
+            check_weights(source)
         self.spec = source.spec
-        self.weight_bytes = num_parameters * dtype.itemsize
-        """Weights in the working dtype."""
         with self._phase("load", report), torch.inference_mode():
             try:
                 self.backend = select_backend(config.kernel_backend, self._device, dtype)
             except ValueError as error:
                 raise ModelError(str(error)) from error
+            self.weight_bytes = self.backend.weight_bytes(stored_weights(source))
+            """As the backend keeps them."""
             with _needing_memory(f"the weights ({self.weight_bytes / 2**30:.2f} GiB)", _SMALLER_WEIGHTS):
                 self._model = load_model(source, self.backend, lambda share: report("load", share))
                 self._sampler = Sampler(self.spec.vocab_size, self._device, as_drawing_backend(self.backend))
