@@ -92,6 +92,8 @@ class KernelBackend(Protocol):
     """
 
     name: str
+    detail: str
+    """What of the machine it uses, for messages: "amx, 2 threads". May be empty."""
     device: torch.device
     dtype: torch.dtype
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from ..kernels.select import select_backend
+from ..kernels.select import label, select_backend
 from .header import ModelHeader
 from .memory import CachePlan, FreeMemory, cache_request, fit_cache
 from .sizes import size_text
@@ -146,7 +146,7 @@ def plan_model(header: ModelHeader, request: PlanRequest) -> ModelPlan:
     return ModelPlan(
         header=header,
         request=request,
-        backend_name=chosen.backend.name,
+        backend_name=label(chosen.backend),
         context=context,
         concurrency=concurrency,
         chosen=by_dtype[KV_DTYPES.index(request.dtype)],
@@ -175,7 +175,7 @@ class _Planner:
     def __init__(self, header: ModelHeader, request: PlanRequest, dtype: torch.dtype) -> None:
         """Raises ModelError for an unknown backend."""
         try:
-            self.backend = select_backend(request.kernel_backend, request.device, dtype)
+            self.backend = select_backend(request.kernel_backend, request.device, dtype, header.spec.head_dim)
         except ValueError as error:
             raise ModelError(str(error)) from error
         self._header = header

@@ -22,6 +22,7 @@ class ReferenceBackend:
     """Implements `KernelBackend`; see there for what each operator means. Holds no state but its settings."""
 
     name = "reference"
+    detail = ""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
