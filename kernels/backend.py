@@ -98,8 +98,7 @@ class KernelBackend(Protocol):
     dtype: torch.dtype
 
     def weight_bytes(self, weights: Iterable[tuple[str, tuple[int, ...]]]) -> int:
-        """Memory that weights of these encodings and shapes take once packed, and what their products need beside
-        them, whatever the number of rows."""
+        """Memory that weights of these encodings and shapes take once packed."""
         ...
 
     def pack_linear(self, parts: Sequence[StoredWeight], bias: Sequence[StoredWeight] = ()) -> Any:
@@ -159,8 +158,8 @@ class KernelBackend(Protocol):
     def attention_workspace_bytes(
         self, spec: AttentionSpec, block_size: int, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int
     ) -> int:
-        """An upper estimate of what planning and attending allocate beside q, K/V and the output of a layer, over any
-        one step of so many tokens and rows whose longest sequence has `max_model_len`."""
+        """An upper estimate of what planning, attending and multiplying allocate beside q, K/V and the outputs, over
+        any one step of so many tokens and rows whose longest sequence has `max_model_len`."""
         ...
 
     def rope_and_write_kv(

@@ -84,7 +84,9 @@ class ModelRunner:
             reason = fallback_reason(config.kernel_backend, self._device, dtype, self.spec.head_dim)
             if reason is not None:
                 self.notes.append(f"plain torch serves, without the kernels for {self._device.type}: {reason}")
-            self.weight_bytes = self.backend.weight_bytes(stored_weights(source))
+            self.weights = stored_weights(source)
+            """Encoding and shape of each, in the order in which the family lists them."""
+            self.weight_bytes = self.backend.weight_bytes(self.weights)
             """As the backend keeps them."""
             with _needing_memory(f"the weights ({self.weight_bytes / 2**30:.2f} GiB)", _SMALLER_WEIGHTS):
                 self._model = load_model(source, self.backend, lambda share: report("load", share))

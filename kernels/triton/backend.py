@@ -72,15 +72,12 @@ class TritonBackend(ReferenceBackend):
         return table.embed(token_ids) if isinstance(table, QuantizedEmbedding) else super().embed(token_ids, table)
 
     def weight_bytes(self, weights: Iterable[tuple[str, tuple[int, ...]]]) -> int:
-        """What weights of these encodings and shapes take on the device, and what their products need beside them."""
-        total = scratch = 0
-        for encoding, shape in weights:
-            if len(shape) == 2 and form_of(encoding) is not None:
-                total += packed_bytes(encoding, shape)
-                scratch = SCRATCH_BYTES
-            else:
-                total += math.prod(shape) * self.dtype.itemsize
-        return total + scratch
+        return sum(
+            packed_bytes(encoding, shape)
+            if len(shape) == 2 and form_of(encoding) is not None
+            else math.prod(shape) * self.dtype.itemsize
+            for encoding, shape in weights
+        )
 
     def _shared_scratch(self) -> DenseScratch:
         if self._scratch is None:
@@ -164,6 +161,7 @@ class TritonBackend(ReferenceBackend):
         num_rows = 2 * min(max_num_seqs, max_num_batched_tokens)
         partials = num_rows * spec.num_heads * splits * (spec.head_dim + 1) * 4 if splits > 1 else 0
         partials += num_rows * (splits * 8 + 4)  # the list of chunks
+        partials += SCRATCH_BYTES  # for the products of quantised weights, should there be any
         return partials + max_num_batched_tokens * spec.num_heads * spec.head_dim * self.dtype.itemsize
 
     def rope_and_write_kv(  # type: ignore[override]

@@ -12,7 +12,7 @@ from engine import generate
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from octavo.kernels.triton.backend import TritonBackend
-from octavo.kernels.triton.quantized import MAX_QUANTIZED_ROWS, SCRATCH_BYTES, QuantizedEmbedding, QuantizedLinear
+from octavo.kernels.triton.quantized import MAX_QUANTIZED_ROWS, QuantizedEmbedding, QuantizedLinear
 from octavo.model.weights.open import open_weights
 from octavo.scheduler.sampling_params import SamplingParams
 from octavo.server.engine.messages import GenerateRequest
@@ -92,6 +92,6 @@ def test_bytes_of_weights_are_counted_as_they_are_kept(file: Path) -> None:
             parts = packed.parts if isinstance(packed, QuantizedLinear) else [packed._weight]
             kept += sum(part.nbytes for part in parts)
         counted = backend.weight_bytes((weight.encoding, tuple(weight.shape)) for weight in weights)
-        assert counted == kept + SCRATCH_BYTES
+        assert counted == kept
     dense = [("F32", (8, 32)), ("Q4_0", (64,))]
     assert TritonBackend(torch.device("cpu"), torch.float16).weight_bytes(dense) == 2 * (8 * 32 + 64)
