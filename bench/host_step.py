@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import uvloop
 from octavo.kernels.backend import AttentionSpec
+from octavo.kernels.select import as_drawing_backend, select_backend
 from octavo.model.block_tables import BlockTables
 from octavo.model.config import ModelConfig
 from octavo.model.decode_ahead import DecodeAhead
@@ -110,7 +111,8 @@ class CpuHost:
 
     def __init__(self, watch: Watch, max_num_seqs: int) -> None:
         self._tables = BlockTables()
-        self._sampler = Sampler(VOCAB, CPU)
+        # Draws by native code where it was built, as a server would.
+        self._sampler = Sampler(VOCAB, CPU, as_drawing_backend(select_backend("auto", CPU, torch.bfloat16, 64)))
         self._logits = torch.rand(max_num_seqs, VOCAB, generator=torch.Generator().manual_seed(0))
         self._build = watch.timed("build inputs", build_forward_batch)
         self._sample = watch.timed("sampling", self._draw)

@@ -37,9 +37,10 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
     return ReferenceBackend(device, dtype)
 
 
-def fallback_reason(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why "auto" takes plain torch; None where it does not, or where plain torch was asked for."""
-    return _why_not(_native_name(device), device, dtype, head_dim) if name == "auto" else None
+def fallback_note(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """A line that says why "auto" takes plain torch; None where it does not, or where plain torch was asked for."""
+    reason = _why_not(_native_name(device), device, dtype, head_dim) if name == "auto" else None
+    return f"plain torch serves, without the kernels for {device.type}: {reason}" if reason else None
 
 
 def label(backend: KernelBackend) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from ..kernels.select import label, select_backend
+from ..kernels.select import fallback_note, label, select_backend
 from .header import ModelHeader
 from .memory import CachePlan, FreeMemory, cache_request, fit_cache
 from .sizes import size_text
@@ -94,6 +94,8 @@ class ModelPlan:
     header: ModelHeader
     request: PlanRequest
     backend_name: str
+    backend_note: str | None
+    """Why it is not the one made for the device."""
     context: int
     """As asked; else what the server lets a sequence grow to."""
     concurrency: int
@@ -147,6 +149,7 @@ def plan_model(header: ModelHeader, request: PlanRequest) -> ModelPlan:
         header=header,
         request=request,
         backend_name=label(chosen.backend),
+        backend_note=fallback_note(request.kernel_backend, request.device, request.dtype, header.spec.head_dim),
         context=context,
         concurrency=concurrency,
         chosen=by_dtype[KV_DTYPES.index(request.dtype)],

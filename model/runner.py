@@ -15,7 +15,7 @@ from ..kernels.select import (
     as_device_backend,
     as_drawing_backend,
     as_recording_backend,
-    fallback_reason,
+    fallback_note,
     label,
     select_backend,
 )
@@ -81,9 +81,9 @@ class ModelRunner:
                 self.backend = select_backend(config.kernel_backend, self._device, dtype, self.spec.head_dim)
             except ValueError as error:
                 raise ModelError(str(error)) from error
-            reason = fallback_reason(config.kernel_backend, self._device, dtype, self.spec.head_dim)
-            if reason is not None:
-                self.notes.append(f"plain torch serves, without the kernels for {self._device.type}: {reason}")
+            note = fallback_note(config.kernel_backend, self._device, dtype, self.spec.head_dim)
+            if note is not None:
+                self.notes.append(note)
             self.weights = stored_weights(source)
             """Encoding and shape of each, in the order in which the family lists them."""
             self.weight_bytes = self.backend.weight_bytes(self.weights)

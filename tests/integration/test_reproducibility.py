@@ -26,7 +26,7 @@ PROMPTS = [
     "What is the capital of France?",
     "Once upon a time",
 ]
-PARAMS = SamplingParams(temperature=0, max_tokens=12, logprobs=3, ignore_eos=True)
+PARAMS = SamplingParams(temperature=0, max_tokens=24, logprobs=3, ignore_eos=True)
 
 
 def answers(llm: LLM, prompts: list[str]) -> dict[str, tuple[Any, ...]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from octavo.kernels.backend import AttentionInputs, AttentionSpec
 from octavo.kernels.cpu.backend import CpuBackend
-from octavo.kernels.select import fallback_reason, label, select_backend
+from octavo.kernels.select import fallback_note, label, select_backend
 
 CPU = torch.device("cpu")
 SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25)
@@ -144,10 +144,10 @@ def test_packed_weights_are_counted_as_they_are_kept(backend: CpuBackend) -> Non
 
 def test_selection_says_why_plain_torch_serves() -> None:
     assert label(select_backend("auto", CPU, torch.bfloat16, 64)).startswith("cpu (")
-    assert fallback_reason("auto", CPU, torch.bfloat16, 64) is None
+    assert fallback_note("auto", CPU, torch.bfloat16, 64) is None
     for dtype, head_dim, why in ((torch.float16, 64, "float16"), (torch.float32, 24, "heads of 24")):
         assert select_backend("auto", CPU, dtype, head_dim).name == "reference"
-        assert why in str(fallback_reason("auto", CPU, dtype, head_dim))
+        assert why in str(fallback_note("auto", CPU, dtype, head_dim))
         with pytest.raises(ValueError, match=why):
             select_backend("cpu", CPU, dtype, head_dim)
-    assert fallback_reason("reference", CPU, torch.float16, 64) is None
+    assert fallback_note("reference", CPU, torch.float16, 64) is None
