@@ -12,7 +12,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from .library import NativeContext, Op, Step
 
@@ -20,16 +20,31 @@ TOKENS, LOGITS = 0, 1
 """OvRows: whether an operator has a row for each token or for each row that draws."""
 
 
+_HARMLESS = frozenset(
+    {
+        torch.Tensor.data_ptr,
+        torch.Tensor.dim,
+        torch.Tensor.numel,
+        torch.Tensor.size,
+        torch.Tensor.stride,
+        torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.device.__get__,
+    }
+)
+"""What looks at a tensor without reading it."""
+
+
 class Unrecordable(Exception):
     """The step does something that is no operator of this backend."""
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchFunctionMode):
     """Notes operators while it is entered. Touching a stand-in by torch raises Unrecordable: that would happen once,
     and never again."""
 
     def __init__(self, max_num_tokens: int, max_num_logits: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._num_rows = (max_num_tokens, max_num_logits)
         self.ops: list[Op] = []
         self.memory: list[torch.Tensor] = []
@@ -71,12 +86,13 @@ class Recorder(TorchDispatchMode):
         self._domains.pop(address, None)
         self._free.append(buffer)
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for value in (*args, *(kwargs or {}).values()):
-            if isinstance(value, torch.Tensor) and value.data_ptr() in self._domains:
-                raise Unrecordable(f"{func} is no operator of this backend")
+        if func not in _HARMLESS:
+            for value in (*args, *(kwargs or {}).values()):
+                if isinstance(value, torch.Tensor) and value.data_ptr() in self._domains:
+                    raise Unrecordable(f"{getattr(func, '__name__', func)} is no operator of this backend")
         return func(*args, **(kwargs or {}))
 
 
