@@ -52,6 +52,8 @@ class CacheRequest:
     """None: what the model was trained for."""
     attention_bytes: Callable[[int], int] = lambda num_tokens: 0
     """What attention allocates in one step whose longest sequence has so many tokens; the backend knows."""
+    step_bytes: int | None = None
+    """What one step allocates, measured. None: estimated from the shapes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +106,7 @@ def fit_cache(spec: ModelSpec, layout: KvLayout, request: CacheRequest, free: Fr
     Raises ModelError when not even a few blocks fit, when more is asked for than is free, or for a context the model
     does not have.
     """
-    trained_len = spec.max_position_embeddings
-    wanted_len = request.max_model_len if request.max_model_len is not None else trained_len
-    if wanted_len < 1:
-        raise ModelError(f"max_model_len must be at least 1, not {wanted_len}")
-    if wanted_len > trained_len:
-        raise ModelError(f"max_model_len {wanted_len} exceeds the {trained_len} positions that the model knows")
+    wanted_len = _wanted_len(spec, request)
     block_size, itemsize = request.block_size, request.dtype.itemsize
     block_bytes = layout.block_bytes(block_size, itemsize)
     if request.kv_cache_memory is not None:
@@ -134,6 +131,23 @@ def fit_cache(spec: ModelSpec, layout: KvLayout, request: CacheRequest, free: Fr
     return CachePlan(num_blocks, max_model_len, num_blocks * block_bytes, notes)
 
 
+def longest_possible(spec: ModelSpec, request: CacheRequest, device: torch.device) -> int:
+    """Tokens that no sequence will exceed, whatever else takes memory. Raises ModelError as `fit_cache` does."""
+    wanted_len = _wanted_len(spec, request)
+    share = _share(free_memory(device))
+    return max(1, kv_layout(spec).longest_sequence(share, 1, request.dtype.itemsize, wanted_len))
+
+
+def _wanted_len(spec: ModelSpec, request: CacheRequest) -> int:
+    trained_len = spec.max_position_embeddings
+    wanted_len = request.max_model_len if request.max_model_len is not None else trained_len
+    if wanted_len < 1:
+        raise ModelError(f"max_model_len must be at least 1, not {wanted_len}")
+    if wanted_len > trained_len:
+        raise ModelError(f"max_model_len {wanted_len} exceeds the {trained_len} positions that the model knows")
+    return wanted_len
+
+
 def _too_small(request: CacheRequest, budget: int, needed: int) -> str:
     have = f"{budget / 2**20:.1f} MiB"
     need = f"{needed / 2**20:.1f} MiB"
@@ -141,7 +155,16 @@ def _too_small(request: CacheRequest, budget: int, needed: int) -> str:
         return f"kv-cache-memory of {have} holds too few blocks of {request.block_size} tokens; give at least {need}"
     return (
         f"only {have} of memory is left for the KV cache and {need} is the least that serves; free some memory, "
-        "or choose a smaller model or dtype"
+        f"or choose a smaller model or dtype{_smaller_steps(request)}"
+    )
+
+
+def _smaller_steps(request: CacheRequest) -> str:
+    if request.step_bytes is None:
+        return ""
+    return (
+        f"; the largest step takes {request.step_bytes / 2**20:.1f} MiB, "
+        "less with a smaller max-num-batched-tokens or max-num-seqs"
     )
 
 
@@ -155,14 +178,20 @@ def _check_free(num_bytes: int, free: FreeMemory) -> None:
 
 def _free_budget(spec: ModelSpec, layout: KvLayout, request: CacheRequest, wanted_len: int, free: FreeMemory) -> int:
     """Bytes that the pool may take of what is free."""
-    if free.device_type == "cuda":
-        # What other processes hold is gone already; the fraction leaves room for fragmentation and libraries.
-        share = max(0, int(free.free_bytes - (1 - _CUDA_FRACTION) * free.total_bytes))
-    else:
-        share = int(free.free_bytes * _CPU_FRACTION)
+    share = _share(free)
+    if request.step_bytes is not None:
+        return max(0, share - request.step_bytes)
     # No sequence grows longer than a pool of all this memory.
     longest = layout.longest_sequence(share, 1, request.dtype.itemsize, wanted_len)
     return max(0, share - activation_bytes(spec, request, longest))
+
+
+def _share(free: FreeMemory) -> int:
+    """Bytes that pool and steps may take of what is free."""
+    if free.device_type == "cuda":
+        # What other processes hold is gone already; the fraction leaves room for fragmentation and libraries.
+        return max(0, int(free.free_bytes - (1 - _CUDA_FRACTION) * free.total_bytes))
+    return int(free.free_bytes * _CPU_FRACTION)
 
 
 def activation_bytes(spec: ModelSpec, request: CacheRequest, max_model_len: int) -> int:

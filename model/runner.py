@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,8 +27,17 @@ from .device import resolve_device, resolve_dtype
 from .drawn import Drawn
 from .forward_batch import ForwardBatch, build_forward_batch
 from .kv_cache import allocate_pool
+from .largest_step import DeviceMemory, device_memory, largest_batches, measure
 from .loader import check_weights, load_model, stored_weights
-from .memory import DEFAULT_BATCHED_TOKENS, CachePlan, cache_request, is_out_of_memory, plan_cache
+from .memory import (
+    DEFAULT_BATCHED_TOKENS,
+    CachePlan,
+    CacheRequest,
+    cache_request,
+    is_out_of_memory,
+    longest_possible,
+    plan_cache,
+)
 from .sampler import Sampler
 from .spec import ModelError
 from .weights.open import open_weights
@@ -132,16 +141,25 @@ class ModelRunner:
             max_model_len=max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
         )
+        memory = device_memory(self._device)
+        if memory is not None and kv_cache_memory is None:
+            request = replace(request, step_bytes=self._measure_step(memory, request))
         plan = plan_cache(self.spec, request, self._device)
-        what = f"the KV cache ({plan.kv_cache_bytes / 2**30:.2f} GiB)"
-        with _needing_memory(what, "give a smaller kv-cache-memory, or free some memory"):
-            self._kv_pool = allocate_pool(self.spec, plan.num_blocks, self.block_size, self.backend.dtype, self._device)
-        what = f"the rotations of {plan.max_model_len} positions"
-        with _needing_memory(what, "give a smaller max-model-len or kv-cache-memory"):
-            self._model.prepare(plan.max_model_len)
+        self._set_up(plan.num_blocks, plan.max_model_len, request)
         recording_backend = as_recording_backend(self.backend)
         if recording_backend is not None:
             self._record(recording_backend, max_num_seqs, max_num_batched_tokens)
+        self.phases["allocate_cache"] = time.perf_counter() - started
+        return plan
+
+    def _set_up(self, num_blocks: int, max_model_len: int, request: CacheRequest) -> None:
+        """Allocate the pool and what goes with it."""
+        what = f"the KV cache ({num_blocks} blocks)"
+        with _needing_memory(what, "give a smaller kv-cache-memory, or free some memory"):
+            self._kv_pool = allocate_pool(self.spec, num_blocks, self.block_size, self.backend.dtype, self._device)
+        what = f"the rotations of {max_model_len} positions"
+        with _needing_memory(what, "give a smaller max-model-len or kv-cache-memory"):
+            self._model.prepare(max_model_len)
         device_backend = as_device_backend(self.backend)
         if device_backend is not None:
             self._decode = DecodeAhead(
@@ -149,12 +167,33 @@ class ModelRunner:
                 device_backend,
                 self._sampler,
                 self._kv_pool,
-                max_num_seqs=max_num_seqs,
-                max_model_len=plan.max_model_len,
+                max_num_seqs=request.max_num_seqs,
+                max_model_len=max_model_len,
                 vocab_size=self.spec.vocab_size,
             )
-        self.phases["allocate_cache"] = time.perf_counter() - started
-        return plan
+
+    def _measure_step(self, memory: DeviceMemory, request: CacheRequest) -> int:
+        """Bytes that the largest step takes, with a pool of two blocks in the place of the real one."""
+        longest = longest_possible(self.spec, request, self._device)
+        batches = largest_batches(
+            max_num_seqs=request.max_num_seqs,
+            max_num_batched_tokens=request.max_num_batched_tokens,
+            max_model_len=longest,
+            block_size=self.block_size,
+        )
+
+        def run(batch: ScheduledBatch) -> None:
+            if self._kv_pool is None:
+                self._set_up(2, longest, request)
+            self.launch(batch).result()
+
+        def clean_up() -> None:
+            self.release([row.seq_id for batch in batches for row in batch.rows])
+            self._kv_pool = self._decode = None
+
+        what = f"a step of {request.max_num_batched_tokens} tokens and {request.max_num_seqs} sequences"
+        with _needing_memory(what, "give a smaller max-num-batched-tokens, max-num-seqs or max-model-len"):
+            return measure(memory, batches, run, clean_up)
 
     @property
     def kv_pool(self) -> torch.Tensor:
