@@ -7,7 +7,7 @@
 OV_INLINE __m512i indices_of(OvCoding form, __m512i words, const uint8_t *high, int output) {
     const int shift = output % (16 / form.low_bits) * form.low_bits, bits = form.low_bits + form.high_bits;
     /* A shift to the right, as the upper half of a product: shifts have one port, which look-ups need too. */
-    __m512i indices = shift != 0 ? _mm512_srli_epi16(words, (unsigned)shift) : words;
+    __m512i indices = shift != 0 ? _mm512_mulhi_epu16(words, _mm512_set1_epi16((short)(1 << (16 - shift)))) : words;
     if (bits == 4 && form.group == 32) return indices; /* the table does not care for the fifth bit */
     const __m512i mask = _mm512_set1_epi16((short)((1 << form.low_bits) - 1));
     /* Groups of 16 have a half of the table each: words 16-31 look into the upper one. */
@@ -67,29 +67,28 @@ OV_INLINE __m512i values_of_bytes(const uint8_t *codes, float scale) {
 }
 
 OV_INLINE void quantised_tile_bf16(OvCoding form, const OvSegment *segment, const uint8_t *panel, int64_t step,
-                                   void *to) {
-    OvScales scales;
+                                   OvAhead *ahead, void *to) {
+    const OvScales *scales = scales_of(form, segment, panel, step, ahead);
     __m512i *out = to;
-    read_scales(form, segment, panel, step, &scales);
     const uint8_t *codes =
         panel + segment->codes_at + step * (OV_PANEL * OV_STEP * (form.low_bits + form.high_bits) / 8);
     const uint8_t *high = codes + OV_PANEL * OV_STEP * form.low_bits / 8;
     if (form.low_bits == 8) {
         OV_UNROLL
         for (int output = 0; output < OV_PANEL; output++)
-            _mm512_store_si512(out + output, values_of_bytes(codes + output * OV_STEP, scales.scale[0][output]));
+            _mm512_store_si512(out + output, values_of_bytes(codes + output * OV_STEP, scales->scale[0][output]));
         return;
     }
     const int per_word = 16 / form.low_bits;
     const bool small = form.group == 32 && form.low_bits + form.high_bits == 4;
     __m256i tables[OV_PANEL] __attribute__((aligned(64)));
-    if (small) small_tables(&scales, tables);
+    if (small) small_tables(scales, tables);
     OV_UNROLL
     for (int output = 0; output < OV_PANEL; output++) {
         __m512i words = _mm512_load_si512(codes + output / per_word * 64), values;
         __m512i indices = indices_of(form, words, high, output);
-        if (form.high_bits == 2) values = converted(indices, &scales, output);
-        else if (!small) values = _mm512_permutexvar_epi16(indices, table_of(form, &scales, output));
+        if (form.high_bits == 2) values = converted(indices, scales, output);
+        else if (!small) values = _mm512_permutexvar_epi16(indices, table_of(form, scales, output));
         else values = _mm512_permutexvar_epi16(indices, _mm512_broadcast_i64x4(tables[output]));
         _mm512_store_si512(out + output, values);
     }

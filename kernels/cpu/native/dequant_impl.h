@@ -53,6 +53,24 @@ OV_INLINE void read_scales(OvCoding form, const OvSegment *segment, const uint8_
     __asm__ volatile("" : "+m"(*to));
 }
 
+/* Scales on their way: those of the next step are read before this one's are used, because what is stored can be
+   broadcast only a while later, and processors do not look far enough ahead to fill that while. */
+typedef struct {
+    OvScales scales[2]; /* of even and odd steps */
+    int64_t step;       /* which is there already; OV_NO_STEP at the start of a panel */
+} OvAhead;
+
+enum { OV_NO_STEP = -1 };
+
+/* Behind the last step's scales lie its codes: what is read there means nothing, and is not used. */
+OV_INLINE const OvScales *scales_of(OvCoding form, const OvSegment *segment, const uint8_t *panel, int64_t step,
+                                    OvAhead *ahead) {
+    if (ahead->step != step) read_scales(form, segment, panel, step, &ahead->scales[step & 1]);
+    read_scales(form, segment, panel, step + 1, &ahead->scales[(step + 1) & 1]);
+    ahead->step = step + 1;
+    return &ahead->scales[step & 1];
+}
+
 /* ----------------------------------------------------------------------------------------- fp32, even and odd apart */
 
 #ifdef OV_AVX512
@@ -129,15 +147,14 @@ OV_INLINE void read_codes_even_odd(OvCoding form, const uint8_t *codes, int outp
 }
 
 OV_INLINE void quantised_tile_f32(OvCoding form, int bf16, const OvSegment *segment, const uint8_t *panel, int64_t step,
-                                  float *to) {
-    OvScales scales;
-    read_scales(form, segment, panel, step, &scales);
+                                  OvAhead *ahead, float *to) {
+    const OvScales *scales = scales_of(form, segment, panel, step, ahead);
     const uint8_t *codes =
         panel + segment->codes_at + step * (OV_PANEL * OV_STEP * (form.low_bits + form.high_bits) / 8);
     const int last = OV_STEP / form.group - 1; /* the group of the upper lanes */
     for (int output = 0; output < OV_PANEL; output++, to += OV_STEP) {
-        V16 scale = v16_halves(scales.scale[0][output], scales.scale[last][output]);
-        V16 offset = v16_halves(scales.offset[0][output], scales.offset[last][output]);
+        V16 scale = v16_halves(scales->scale[0][output], scales->scale[last][output]);
+        V16 offset = v16_halves(scales->offset[0][output], scales->offset[last][output]);
         I16 even, odd;
         read_codes_even_odd(form, codes, output, &even, &odd);
         v16_store(to, v16_rounded(v16_fma(i16_to_float(even), scale, offset), bf16));
@@ -163,19 +180,21 @@ OV_INLINE void f16_tile_f32(const uint8_t *from, float *to) {
 
 /* ----------------------------------------------------------------------------------------------------- by encoding */
 
-/* Writes one tile. `to` is 64-byte aligned. */
-typedef void (*OvTileReader)(const OvSegment *, const uint8_t *panel, int64_t step, void *to);
+/* Writes one tile. `to` is 64-byte aligned; `ahead` belongs to one panel, whose steps are best read in order. */
+typedef void (*OvTileReader)(const OvSegment *, const uint8_t *panel, int64_t step, OvAhead *ahead, void *to);
 
 #ifdef OV_AVX512
-#define OV_BF16_TILE(name) quantised_tile_bf16(OV_CODINGS[OV_ENC_##name], segment, panel, step, to)
+#define OV_BF16_TILE(name) quantised_tile_bf16(OV_CODINGS[OV_ENC_##name], segment, panel, step, ahead, to)
 #else
-#define OV_BF16_TILE(name) quantised_tile_f32(OV_CODINGS[OV_ENC_##name], true, segment, panel, step, to)
+#define OV_BF16_TILE(name) quantised_tile_f32(OV_CODINGS[OV_ENC_##name], true, segment, panel, step, ahead, to)
 #endif
 #define OV_TILE_READERS(name) \
-    static void name##_to_f32(const OvSegment *segment, const uint8_t *panel, int64_t step, void *to) { \
-        quantised_tile_f32(OV_CODINGS[OV_ENC_##name], false, segment, panel, step, to); \
+    static void name##_to_f32(const OvSegment *segment, const uint8_t *panel, int64_t step, OvAhead *ahead, \
+                             void *to) { \
+        quantised_tile_f32(OV_CODINGS[OV_ENC_##name], false, segment, panel, step, ahead, to); \
     } \
-    static void name##_to_bf16(const OvSegment *segment, const uint8_t *panel, int64_t step, void *to) { \
+    static void name##_to_bf16(const OvSegment *segment, const uint8_t *panel, int64_t step, OvAhead *ahead, \
+                             void *to) { \
         OV_BF16_TILE(name); \
     }
 
@@ -190,10 +209,12 @@ OV_TILE_READERS(Q4_K)
 OV_TILE_READERS(Q5_K)
 OV_TILE_READERS(Q6_K)
 
-static void F16_to_f32(const OvSegment *segment, const uint8_t *panel, int64_t step, void *to) {
+static void F16_to_f32(const OvSegment *segment, const uint8_t *panel, int64_t step, OvAhead *ahead, void *to) {
+    (void)ahead;
     f16_tile_f32(panel + segment->codes_at + step * 2 * OV_PANEL * OV_STEP, to);
 }
-static void BF16_to_f32(const OvSegment *segment, const uint8_t *panel, int64_t step, void *to) {
+static void BF16_to_f32(const OvSegment *segment, const uint8_t *panel, int64_t step, OvAhead *ahead, void *to) {
+    (void)ahead;
     bf16_tile_f32(panel + segment->codes_at + step * 2 * OV_PANEL * OV_STEP, to);
 }
 

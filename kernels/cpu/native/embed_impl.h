@@ -16,10 +16,12 @@ static void embed_row(const OvMatrix *matrix, OvType type, int64_t id, float fac
     const int64_t row = known ? id - segment->first_output : 0;
     const uint8_t *panel = ov_panel(segment, row / OV_PANEL);
     const OvTileReader read = OV_READERS[segment->encoding][type];
+    OvAhead ahead;
+    ahead.step = OV_NO_STEP;
     for (int64_t step = 0; step < matrix->num_steps; step++) {
         const uint8_t *tile = panel + segment->codes_at + step * segment->code_bytes;
         if (read != NULL) {
-            read(segment, panel, step, room);
+            read(segment, panel, step, &ahead, room);
             tile = room;
         }
         float values[OV_STEP];

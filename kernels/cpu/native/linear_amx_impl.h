@@ -70,10 +70,12 @@ typedef struct {
     OvTileReader read;
     uint8_t *room;
     int64_t ring;
+    OvAhead ahead;
 } TileSource;
 
-OV_INLINE void fill_step(const TileSource *source, int64_t step, int64_t slot) {
-    if (source->read != NULL) source->read(source->segment, source->panel, step, source->room + slot * OV_TILE_BYTES);
+OV_INLINE void fill_step(TileSource *source, int64_t step, int64_t slot) {
+    if (source->read == NULL) return;
+    source->read(source->segment, source->panel, step, &source->ahead, source->room + slot * OV_TILE_BYTES);
 }
 
 OV_INLINE const uint8_t *tile_at(const TileSource *source, int64_t step, int64_t slot) {
@@ -84,7 +86,7 @@ OV_INLINE const uint8_t *tile_at(const TileSource *source, int64_t step, int64_t
 /* Sums of `panels` panels and `groups` tiles of rows, all over the inputs, left in tiles 0-3 (panel p, group g in
    2p + g). On the first pass the weights' tiles are made on the way, a step ahead of their use, and the lines of
    what comes next are asked for. */
-OV_INLINE void tile_block(int panels, int groups, bool first_pass, const TileSource source[2], const uint8_t *x,
+OV_INLINE void tile_block(int panels, int groups, bool first_pass, TileSource source[2], const uint8_t *x,
                           int64_t width, int64_t num_steps, const uint8_t *fetch, int64_t fetch_bytes) {
     const int64_t row_stride = 4 * width, step_bytes = 16 * row_stride, group_bytes = num_steps * step_bytes;
     const int64_t ring = source[0].ring;
@@ -170,7 +172,7 @@ static void finish_tile(const Product *product, const OvSegment *segment, int64_
 }
 
 /* Panels times rows [row, last), 32 of these at most. */
-OV_INLINE void tile_rows(int panels, int groups, const Product *product, const TileSource source[2], Panels which,
+OV_INLINE void tile_rows(int panels, int groups, const Product *product, TileSource source[2], Panels which,
                          int64_t row, int64_t last, bool first_pass, const uint8_t *fetch, int64_t fetch_bytes) {
     float sums[4][256] __attribute__((aligned(64)));
     const int64_t num_steps = product->matrix->num_steps;
@@ -196,10 +198,14 @@ static void tile_panels(const Product *product, Panels which, Panels next, int64
     const bool one_pass = last - first <= 2 * OV_TILE_ROWS;
     const int64_t ring = one_pass ? ov_min(OV_RING, num_steps) : num_steps;
     TileSource source[2];
-    for (int i = 0; i < 2; i++)
-        source[i] = (TileSource){which.segment, ov_panel(which.segment, which.panel + i),
-                                 OV_READERS[which.segment->encoding][OV_BF16],
-                                 product->tiles + i * ring * OV_TILE_BYTES, ring};
+    for (int i = 0; i < 2; i++) {
+        source[i].segment = which.segment;
+        source[i].panel = ov_panel(which.segment, which.panel + i);
+        source[i].read = OV_READERS[which.segment->encoding][OV_BF16];
+        source[i].room = product->tiles + i * ring * OV_TILE_BYTES;
+        source[i].ring = ring;
+        source[i].ahead.step = OV_NO_STEP;
+    }
     const uint8_t *fetch = next.count != 0 ? ov_panel(next.segment, next.panel) : NULL;
     const int64_t fetch_total = next.count != 0 ? next.count * next.segment->panel_bytes : 0;
     const int64_t fetch_bytes = ov_ceil_div(fetch_total, 64 * num_steps) * 64;

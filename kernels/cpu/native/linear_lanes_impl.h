@@ -90,8 +90,10 @@ static void lane_panel(const Product *product, const OvSegment *segment, int64_t
     const uint8_t *from = ov_panel(segment, panel), *tiles = from + segment->codes_at;
     if (read != NULL) {
         const int64_t tile_bytes = OV_PANEL * OV_STEP * OV_ELEMENT_BYTES(product->type);
+        OvAhead ahead;
+        ahead.step = OV_NO_STEP;
         for (int64_t step = 0; step < product->matrix->num_steps; step++)
-            read(segment, from, step, product->tiles + step * tile_bytes);
+            read(segment, from, step, &ahead, product->tiles + step * tile_bytes);
         tiles = product->tiles;
     }
 #ifdef OV_AVX512
