@@ -151,7 +151,9 @@ OPTIONS: tuple[Option, ...] = (
         _choice("auto", "reference", "triton"),
         "auto",
         "NAME",
-        "auto | reference | triton; auto is triton on a GPU of compute capability 8.0 or more, else reference",
+        "auto | cpu | cpu-integer | reference | triton; auto is triton on a GPU of compute capability 8.0 or more, cpu "
+        "(native kernels) on x86-64, else reference (plain torch). cpu-integer is faster with one sequence at a time, "
+        "whose tokens then depend on whether it is alone (docs/reproducibility.md)",
         "model",
     ),
     Option("seed", _integer(0), 0, "N", "seeds the requests that bring no seed of their own", "model"),

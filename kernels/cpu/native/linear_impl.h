@@ -3,7 +3,7 @@
  *     arrange     the step's rows into the order that the products read (few rows: each thread does it for itself)
  *     multiply    items of one or two panels of outputs, and a block of rows that stays in the second-level cache
  *
- * How one output of one row is summed depends on nothing but the instruction set and the working type: its inputs in
+ * How one output of one row is summed (but for products in integers, which are asked for) depends on nothing but the instruction set and the working type: its inputs in
  * order, 32 at a time, into one accumulator (of a tile, or of 16 lanes that are added at the end). Neither the number
  * of rows nor who computes which panel plays a part. */
 #include "dequant_impl.h"
@@ -25,6 +25,13 @@ enum {
     OV_BLOCK_BYTES = 1 << 20, /* of arranged rows that are multiplied with a panel before the next panel's turn */
 };
 
+/* A row of a step, with a scale for each 32 inputs. */
+typedef struct {
+    int16_t *codes; /* [steps][32] */
+    float *scales;  /* [steps] */
+    float *sums;    /* [steps][2]: of 16 inputs each, scaled */
+} IntegerRow;
+
 /* One operator in one step, as a thread sees it. */
 typedef struct {
     const OvOp *op;
@@ -35,6 +42,8 @@ typedef struct {
     int64_t row_bytes;   /* from row to row; with tiles: of a row's share of a tile of rows */
     bool two_panels;     /* items are pairs of panels */
     uint8_t *tiles;      /* room for two panels as numbers */
+    bool integers;       /* the step's one row is multiplied in integers: see linear_integer_impl.h */
+    IntegerRow integer_row;
 } Product;
 
 /* One or two neighbouring panels. */
@@ -60,11 +69,24 @@ static int64_t panel_room(const OvMatrix *matrix, OvType type) {
     return matrix->num_steps * OV_PANEL * OV_STEP * OV_ELEMENT_BYTES(type);
 }
 
+static bool integers_serve(const OvMatrix *matrix) {
+    for (int64_t i = 0; i < matrix->num_segments; i++)
+        if (OV_CODINGS[matrix->segments[i].encoding].group == 0) return false;
+    return true;
+}
+
+static int64_t integer_row_bytes(const OvMatrix *matrix) { return matrix->num_steps * (2 * OV_STEP + 12) + 64; }
+
+static bool wants_integers(const OvOp *op, int64_t num_rows) {
+    return op->n[1] == 1 && num_rows == 1 && integers_serve(op->weight);
+}
+
 static void linear_plan(const OvOp *op, const OvStep *step, OvType type, int num_threads, OvPlan *plan) {
     (void)num_threads;
     const OvMatrix *matrix = op->weight;
     int64_t num_rows = ov_num_rows(op, step), bytes = arranged_bytes(matrix, type, num_rows);
     bool ready = rows_are_ready(op, matrix, type, num_rows), own = num_rows <= OV_OWN_ROWS;
+    if (wants_integers(op, num_rows)) bytes += integer_row_bytes(matrix);
     plan->scratch_bytes = (size_t)(2 * panel_room(matrix, type) + (own ? bytes : 0) + 64);
     plan->shared_bytes = ready || own ? 0 : (size_t)bytes;
     plan->skipped = ready || own ? 1u : 0u;
@@ -108,6 +130,7 @@ static void arrange_bf16(const OvOp *op, const OvMatrix *matrix, int64_t first, 
 #include "linear_amx_impl.h"
 #endif
 #include "linear_lanes_impl.h"
+#include "linear_integer_impl.h"
 
 /* Arranges rows [first, last); with tiles, `first` starts one. */
 static void arrange_rows(const OvOp *op, OvType type, int64_t num_rows, int64_t first, int64_t last, void *to) {
@@ -154,13 +177,21 @@ static Panels panels_of(const OvMatrix *matrix, bool two_panels, int64_t item) {
 }
 
 static void multiply_panels(const Product *product, Panels panels, Panels next, int64_t first, int64_t last) {
+    if (product->integers) {
+        for (int i = 0; i < panels.count; i++) {
+            const bool more = i < next.count;
+            const uint8_t *fetch = more ? ov_panel(next.segment, next.panel + i) : NULL;
+            const int64_t fetch_bytes = more ? ov_ceil_div(next.segment->panel_bytes, 64 * product->matrix->num_steps) : 0;
+            integer_panel(product, panels.segment, panels.panel + i, &product->integer_row, fetch, 64 * fetch_bytes);
+        }
+        return;
+    }
 #ifdef OV_AMX
     if (OV_USES_TILES(product->type)) {
         tile_panels(product, panels, next, first, last);
         return;
     }
 #endif
-    (void)next;
     for (int i = 0; i < panels.count; i++) lane_panel(product, panels.segment, panels.panel + i, first, last);
 }
 
@@ -169,7 +200,11 @@ static Product product_of(const OvOp *op, const OvStep *step, OvWorker *w) {
     const int64_t num_rows = ov_num_rows(op, step);
     Product product = {.op = op, .matrix = matrix, .type = w->type, .num_rows = num_rows, .tiles = w->scratch};
     product.row_bytes = matrix->num_steps * OV_STEP * OV_ELEMENT_BYTES(w->type);
-    if (rows_are_ready(op, matrix, w->type, num_rows)) {
+    product.integers = wants_integers(op, num_rows);
+    if (product.integers) {
+        product.integer_row = integer_row_at(matrix, w->scratch);
+        round_row(op, matrix, w->type, product.integer_row);
+    } else if (rows_are_ready(op, matrix, w->type, num_rows)) {
         product.rows = op->a;
         product.row_bytes = op->stride_a * OV_ELEMENT_BYTES(w->type);
     } else if (num_rows <= OV_OWN_ROWS) {
@@ -191,7 +226,7 @@ static void linear_multiply(const OvOp *op, const OvStep *step, OvWorker *w) {
     const int64_t items = num_items(product.matrix, product.two_panels);
     const int64_t total = items * ov_ceil_div(product.num_rows, block);
 #ifdef OV_AMX
-    const bool narrow = OV_USES_TILES(w->type) && product.num_rows < OV_TILE_ROWS;
+    const bool narrow = OV_USES_TILES(w->type) && product.num_rows < OV_TILE_ROWS && !product.integers;
     if (narrow) tiles_for_rows((int)product.num_rows);
 #endif
     /* The next item is taken before this one is done, so that its weights can be fetched meanwhile. */

@@ -28,7 +28,8 @@ typedef enum {
     OV_ADD_RMS_NORM,  /* out2[r] = a[r] + b[r] (rounded), out[r] = norm(out2[r]) * weight; out2 may be b. As above */
     OV_ADD,           /* out[r] = a[r] + b[r]; n[0] width */
     OV_LINEAR,        /* out[r] = weight . a[r] + b; weight: OvMatrix; b: fp32 [num_outputs] or NULL;
-                         n[0]: 1 if out is fp32 whatever the working type */
+                         n[0]: 1 if out is fp32 whatever the working type; n[1]: 1 if a step of a single row may
+                         multiply quantised weights in integers (the exception to "one arithmetic") */
     OV_GATED,         /* out[r][i] = act(a[r][i]) * a[r][n[0] + i]; n[0] width of out; n[1] OvActivation */
     OV_ROPE_WRITE,    /* rotates q and k of a = qkv [.., (heads + 2 kv_heads) * head_dim], writes k and v to their
                          slots of the layer, leaves q in out [.., heads * head_dim]. spec: OvAttention; out2: K/V layer;

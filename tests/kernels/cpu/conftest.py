@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from octavo.kernels.cpu.library import NativeContext, supported_isas
+
+sys.path.append(str(Path(__file__).parent))
 
 ISAS = supported_isas()
 DTYPES = (torch.float32, torch.bfloat16)
