@@ -148,7 +148,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "kernel_backend",
-        _choice("auto", "reference", "triton"),
+        _choice("auto", "cpu", "cpu-integer", "reference", "triton"),
         "auto",
         "NAME",
         "auto | cpu | cpu-integer | reference | triton; auto is triton on a GPU of compute capability 8.0 or more, cpu "

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 import pytest
+from octavo.kernels.select import BACKENDS
 from octavo.server.cli import main
 from octavo.server.options import OPTIONS, OptionError, add_arguments, parse_size, resolve_options, server_config
 
@@ -149,3 +150,8 @@ def test_a_port_in_use_is_found_before_anything_is_loaded(capsys: pytest.Capture
         status = main(["serve", "--port", str(taken.getsockname()[1])])
     assert status in (1, 2)
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_every_kernel_backend_can_be_chosen() -> None:
+    for name in BACKENDS:
+        assert resolve("--kernel-backend", name)["kernel_backend"] == name
