@@ -62,7 +62,9 @@ class DecodeStep:
         """Tokens of the latest step, -1 where its logits were NaN. [max_rows]"""
         # Captured steps of all shapes write here, instead of keeping memory of their own each.
         self._logits = torch.empty((max_rows, vocab_size), dtype=backend.dtype, device=device)
-        self._workspace = backend.decode_workspace(model.attention_spec, self._block_size, max_rows, max_model_len)
+        self._workspace = backend.decode_workspace(
+            model.layer_groups[0].attention, self._block_size, max_rows, max_model_len
+        )
 
     def load(self, rows: Sequence[ScheduledRow], sources: Sequence[int], shape: StepShape) -> None:
         """Send a step's numbers. `sources[r]`: the place in `drawn` of row r's token, if the host does not know it."""
@@ -98,8 +100,10 @@ class DecodeStep:
             slots=torch.where(exists, places, -1),
             block_tables=tables,
         )
-        plan = self._backend.plan_decode(inputs, self._model.attention_spec, self._block_size)
-        hidden = self._model.forward(tokens, plan, self._kv_pool)
+        plans = tuple(
+            self._backend.plan_decode(inputs, group.attention, self._block_size) for group in self._model.layer_groups
+        )
+        hidden = self._model.forward(tokens, plans, self._kv_pool.unbind())
         logits = self._logits[: shape.num_rows]
         logits.copy_(self._model.logits(hidden))
         parameters = DrawParameters(

@@ -126,7 +126,8 @@ class ModelRunner:
         recording_backend = as_recording_backend(self.backend)
         if recording_backend is not None:
             self._record(recording_backend, max_num_seqs, max_num_batched_tokens)
-        device_backend = as_device_backend(self.backend)
+        # Which experts a step needs only its tokens tell, so such a step cannot be captured.
+        device_backend = as_device_backend(self.backend) if self.spec.experts is None else None
         if device_backend is not None:
             self._decode = DecodeAhead(
                 self._model,
@@ -203,12 +204,17 @@ class ModelRunner:
         return self._forward(build_forward_batch(batch, self.block_size, self._device, self._block_tables))
 
     def _forward(self, batch: ForwardBatch) -> torch.Tensor:
-        plan = self.backend.plan_attention(batch.attention, self._model.attention_spec, self.block_size)
-        return self._step(batch.token_ids, plan, batch.logits_indices)
+        plans = tuple(
+            self.backend.plan_attention(batch.attention, group.attention, self.block_size)
+            for group in self._model.layer_groups
+        )
+        return self._step(batch.token_ids, plans, batch.logits_indices)
 
-    def _compute(self, token_ids: torch.Tensor, plan: Any, logits_indices: torch.Tensor) -> torch.Tensor:
+    def _compute(self, token_ids: torch.Tensor, plans: Any, logits_indices: torch.Tensor) -> torch.Tensor:
         """One step; a `StepFunction`."""
-        hidden = self._model.forward(token_ids, plan, self.kv_pool)  # [num_tokens, hidden]
+        hidden = self._model.forward(
+            token_ids, plans or (None,) * len(self._model.layer_groups), self.kv_pool.unbind()
+        )  # [num_tokens, hidden]
         if not logits_indices.numel():
             return hidden.new_empty((0, self.spec.vocab_size))
         return self._model.logits(self.backend.select_rows(hidden, logits_indices))

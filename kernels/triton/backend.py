@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..backend import AttentionInputs, AttentionSpec, DecodeInputs, DrawParameters
+from ..backend import Activation, AttentionInputs, AttentionSpec, DecodeInputs, DrawParameters, QKNorms
 from ..reference.backend import ReferenceBackend
 from .decode import DecodeWorkspace, max_splits, paged_decode
 from .elementwise import add_rms_norm, gated, rms_norm
@@ -50,12 +50,13 @@ class TritonBackend(ReferenceBackend):
         return rms_norm(x, weight, eps)
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, scale: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x if scale == 1.0 else x * scale
         return add_rms_norm(x, residual, weight, eps), residual
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return gated(gate_up, "silu")
+    def gated(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        return gated(gate_up, activation)
 
     def plan_attention(self, inputs: AttentionInputs, spec: AttentionSpec, block_size: int) -> TritonPlan:  # type: ignore[override]
         num_decode = inputs.num_decode_rows
@@ -129,8 +130,10 @@ class TritonBackend(ReferenceBackend):
         kv_layer: torch.Tensor,
         plan: TritonPlan,
         spec: AttentionSpec,
+        norms: QKNorms | None = None,
     ) -> torch.Tensor:
-        return rope_write(qkv, rope_table, plan.positions, plan.slots, kv_layer, spec)
+        heads = None if norms is None else (norms.q, norms.k, norms.eps)
+        return rope_write(qkv, rope_table, plan.positions, plan.slots, kv_layer, spec, heads)
 
     def attention(  # type: ignore[override]
         self, q: torch.Tensor, kv_layer: torch.Tensor, plan: TritonPlan, spec: AttentionSpec
