@@ -216,6 +216,12 @@ class BlockManager:
         for table in self.tables[seq_id]:
             self.pool.unpublish(table.blocks)
 
+    def withdraw(self, hashes: BlockHashes) -> None:
+        """The same for whatever can be found by these hashes, be it of a sequence that has no tables any more."""
+        for index in self.pool.index:
+            found = [index.get(block_hash) for block_hash in hashes.hashes]
+            self.pool.unpublish([block for block in found if block is not None])
+
     def free(self, seq_id: str) -> None:
         """Close a sequence's tables. Raises KeyError if it has none."""
         for table in self.tables.pop(seq_id):

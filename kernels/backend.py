@@ -7,7 +7,7 @@ both are opaque to the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -116,8 +116,14 @@ class KernelBackend(Protocol):
     """
 
     name: str
+    detail: str
+    """What of the machine it uses, for messages: "amx, 2 threads". May be empty."""
     device: torch.device
     dtype: torch.dtype
+
+    def weight_bytes(self, weights: Iterable[tuple[str, tuple[int, ...]]]) -> int:
+        """Memory that weights of these encodings and shapes take once packed."""
+        ...
 
     def pack_linear(self, parts: Sequence[StoredWeight], bias: Sequence[StoredWeight] = ()) -> Any:
         """Prepare matrices that share their input as one operator; outputs are concatenated in order.
@@ -200,8 +206,8 @@ class KernelBackend(Protocol):
     def attention_workspace_bytes(
         self, spec: AttentionSpec, block_size: int, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int
     ) -> int:
-        """An upper estimate of what planning and attending allocate beside q, K/V and the output of a layer, over any
-        one step of so many tokens and rows whose longest sequence has `max_model_len`."""
+        """An upper estimate of what planning, attending and multiplying allocate beside q, K/V and the outputs, over
+        any one step of so many tokens and rows whose longest sequence has `max_model_len`."""
         ...
 
     def rope_and_write_kv(

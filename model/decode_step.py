@@ -72,11 +72,9 @@ class DecodeStep:
         inputs = np.zeros((_FIELDS, shape.num_rows), np.int64)
         inputs[1] = NO_SOURCE
         inputs[3] = self._slots.padding_slot
-        for index, (row, source) in enumerate(zip(rows, sources, strict=True)):
-            position = row.num_computed_tokens
-            inputs[0, index] = row.token_ids[position] if source == NO_SOURCE else 0
-            inputs[2, index] = position
+        inputs[0, :count] = [0 if row.num_unknown_tokens else row.token_ids[row.num_computed_tokens] for row in rows]
         inputs[1, :count] = sources
+        inputs[2, :count] = [row.num_computed_tokens for row in rows]
         inputs[3, :count] = self._slots.update(rows)
         self._inputs[:, : shape.num_rows].copy_(to_device(inputs, self._inputs.device), non_blocking=True)
 

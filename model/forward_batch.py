@@ -34,8 +34,8 @@ def build_forward_batch(
     """Read the rows' live views once and move the result to the device. The batch must not be empty."""
     rows = batch.rows
     num_rows = len(rows)
-    computed = np.fromiter((row.num_computed_tokens for row in rows), np.int64, num_rows)
-    query_lens = np.fromiter((row.num_scheduled_tokens for row in rows), np.int64, num_rows)
+    computed = np.array([row.num_computed_tokens for row in rows])
+    query_lens = np.array([row.num_scheduled_tokens for row in rows])
     context_lens = computed + query_lens
     query_starts = np.zeros(num_rows + 1, np.int64)
     np.cumsum(query_lens, out=query_starts[1:])
@@ -43,9 +43,9 @@ def build_forward_batch(
 
     row_of_token = np.repeat(np.arange(num_rows), query_lens)
     positions = np.arange(num_tokens) - query_starts[row_of_token] + computed[row_of_token]
-    tables = block_tables.gather(rows, (-(-context_lens // block_size)).tolist())  # [num_rows, max_blocks]
+    tables = block_tables.gather(rows, -(-context_lens // block_size))  # [num_rows, max_blocks]
     slots = tables[row_of_token, positions // block_size] * block_size + positions % block_size
-    draws = np.fromiter((row.draws_token for row in rows), np.bool_, num_rows)
+    draws = np.array([row.draws_token for row in rows])
 
     attention = AttentionInputs(
         num_rows=num_rows,
@@ -63,16 +63,21 @@ def build_forward_batch(
         token_ids=to_device(_token_ids(batch, num_tokens), device),
         attention=attention,
         logits_indices=to_device(query_starts[1:][draws] - 1, device),
-        drawing_rows=[row for row in rows if row.draws_token],
+        drawing_rows=list(itertools.compress(rows, draws.tolist())),
     )
 
 
 def _token_ids(batch: ScheduledBatch, num_tokens: int) -> _Ints:
     """The tokens run in this step, 0 for one that the host does not know yet. [num_tokens]"""
-    pieces = (
-        [*row.token_ids[row.num_computed_tokens : row.num_tokens_after], *([0] * row.num_unknown_tokens)]
-        if row.num_unknown_tokens
-        else row.token_ids[row.num_computed_tokens : row.num_tokens_after]
-        for row in batch.rows
-    )
-    return np.fromiter(itertools.chain.from_iterable(pieces), np.int64, num_tokens)
+    token_ids = np.zeros(num_tokens, np.int64)
+    num_decodes = batch.num_decode_rows
+    token_ids[:num_decodes] = [
+        0 if row.num_unknown_tokens and row.draws_token else row.token_ids[row.num_computed_tokens]
+        for row in batch.rows[:num_decodes]
+    ]
+    start = num_decodes
+    for row in batch.rows[num_decodes:]:
+        known = row.token_ids[row.num_computed_tokens : row.num_tokens_after]
+        token_ids[start : start + len(known)] = known
+        start += row.num_scheduled_tokens
+    return token_ids

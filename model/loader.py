@@ -49,6 +49,12 @@ def check_weights(source: WeightSource) -> int:
     return sum(math.prod(shape) for _, shape in expected)
 
 
+def stored_weights(source: WeightSource) -> list[tuple[str, tuple[int, ...]]]:
+    """Encoding and shape of every tensor that the family reads; call `check_weights` before."""
+    expected = model_family(source.spec.architecture).parameters(source.spec)
+    return [(source.weight(name).encoding, shape) for name, shape in expected]
+
+
 def _is_idle(name: str, source: WeightSource) -> bool:
     """Whether a tensor changes nothing by going unread: RoPE's buffers of old checkpoints, copies of a tied table, and
     the biases of zeros that GPTQ's packers give to every matrix."""

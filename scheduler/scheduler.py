@@ -14,9 +14,10 @@ from ..block_manager.manager import BlockManager, PrefixMatch
 from .batch import BlockCopy, SampledRow, ScheduledBatch, ScheduledRow
 from .budget import StepBudget
 from .config import CacheConfig, SchedulerConfig
+from .held_blocks import HeldBlocks
 from .progress import AdmissionStop, Progress, SchedulerCounters, WaitingCounts
 from .queue import WaitingQueue
-from .request import Request, RequestStatus
+from .request import Request, RequestStatus, live_owner
 from .sampling_params import SamplingParams
 from .stop import Stop, check_stop
 
@@ -44,6 +45,8 @@ class Scheduler:
         self.blocks = BlockManager(num_blocks, cache.block_size, enable_prefix_caching=cache.enable_prefix_caching)
         if max_model_len > self.blocks.capacity_tokens:
             raise ValueError(f"a sequence of {max_model_len} tokens does not fit into {num_blocks - 1} blocks")
+        self._block_size = cache.block_size
+        self._held = HeldBlocks(self.blocks)
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
         # So that decodes alone never exceed the budget.
@@ -115,6 +118,7 @@ class Scheduler:
                 seed=self._seed + self._num_arrived if params.seed is None else params.seed,
                 order=(priority, self._num_arrived, sample_index),
                 max_total_tokens=min(self.max_model_len, len(prompt_token_ids) + max_tokens),
+                eos_token_ids=self._eos_token_ids,
                 block_size=self.blocks.block_size,
                 cache_salt=cache_salt,
                 arrival_time=self._clock() if arrival_time is None else arrival_time,
@@ -142,7 +146,7 @@ class Scheduler:
         """The one way out: whatever the request holds is given back."""
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
-            self.blocks.free(request.seq_id)
+            self._held.free(request)
         elif request.status is RequestStatus.WAITING:
             self.waiting.remove(request)
         elif request.status is RequestStatus.HELD:
@@ -173,102 +177,99 @@ class Scheduler:
         The batch counts as computed from here on, so the next one may be scheduled before `update` has taken in this
         one; a batch that will not run must be given to `retract`.
         """
-        copies: list[BlockCopy] = []
-        preempted = self._secure_decodes()
-        budget = StepBudget(self.max_num_batched_tokens)
+        num_preemptions = self.counters.num_preemptions
+        copies = self._make_room()
+        preempted = self.counters.num_preemptions > num_preemptions
+        rows: list[ScheduledRow] = []
+        prompts: list[Request] = []
         for request in self.running:
-            if request.num_pending_tokens == 1 and not request.is_complete and budget.take(request):
-                copies += self._grow(request, request.num_tokens)
-        prompts = [request for request in self.running if request.num_pending_tokens > 1]
+            num_tokens = len(request.token_ids) + request.num_drawing_tokens
+            if num_tokens - request.num_computed_tokens > 1:
+                prompts.append(request)
+            elif num_tokens < request.max_total_tokens or not request.is_complete:
+                rows.append(self._take_row(request, 1))  # no more sequences run than a step has tokens
+        budget = StepBudget(self.max_num_batched_tokens - len(rows))
         for request in sorted(prompts, key=lambda request: request.order):
-            budget.take(request)  # its blocks were taken at admission
+            budget.take(request)
         # Admitting in a step that had to evict would only move the shortage.
         admits = not preempted or not self.running
         self._admission_stop = self._admit_waiting(budget) if admits else AdmissionStop.CAPACITY
         budget.spread()
         shares = budget.shares()
+        num_decode_rows = len(rows) + sum(count == 1 for _, count in shares)
+        rows += [self._take_row(request, count) for request, count in shares]
         finished, self._finished_seq_ids = self._finished_seq_ids, []
-        return ScheduledBatch(
-            rows=[self._take_row(request, count) for request, count in shares],
-            num_decode_rows=sum(count == 1 for _, count in shares),
-            block_copies=copies,
-            finished_seq_ids=finished,
-        )
+        return ScheduledBatch(rows, num_decode_rows, copies, finished)
 
     def _take_row(self, request: Request, count: int) -> ScheduledRow:
         """The row of a step, which the request counts as computed."""
-        row = ScheduledRow(
+        before, num_drawing = request.num_computed_tokens, request.num_drawing_tokens
+        token_ids = request.token_ids
+        request.num_computed_tokens = after = before + count
+        if after == len(token_ids) + num_drawing:
+            request.num_drawing_tokens = num_drawing + 1
+        return ScheduledRow(
             request.seq_id,
-            request.token_ids,
+            token_ids,
             request.num_prompt_tokens,
-            request.num_computed_tokens,
+            before,
             count,
-            self.blocks.block_ids(request.seq_id),
+            request.block_ids,
             request.params,
             request.seed,
             self._eos_token_ids,
-            request.num_drawing_tokens,
+            num_drawing,
+            request,
         )
-        request.num_computed_tokens += count
-        request.num_drawing_tokens += row.draws_token
-        return row
 
     def retract(self, batch: ScheduledBatch) -> None:
         """Take back the latest batch, which will not run. The blocks that its rows were given stay with them."""
         for row in batch.rows:
-            request = self._find(row.seq_id)
+            request = live_owner(row)
             if request is not None:
                 request.num_computed_tokens = row.num_computed_tokens
                 request.num_drawing_tokens -= row.draws_token
 
     def holds(self, row: ScheduledRow) -> bool:
         """Whether a scheduled row still has its blocks: its sequence runs, and has not been preempted since."""
-        request = self._find(row.seq_id)
-        running = request is not None and request.status is RequestStatus.RUNNING
-        return running and self.blocks.block_ids(row.seq_id)[0] is row.block_ids[0]
+        request = live_owner(row)
+        return request is not None and request.block_ids is row.block_ids
 
     def drop_row(self, row: ScheduledRow) -> None:
-        """Take back a row that failed and has lost its blocks meanwhile; its sequence computes it anew."""
-        if (request := self._find(row.seq_id)) is not None:
-            request.num_drawing_tokens -= row.draws_token
+        """Take back a row that failed and has lost its blocks meanwhile; its sequence computes it anew.
 
-    def _secure_decodes(self) -> bool:
-        """Preempt until every running sequence that decodes can write its token. Whether anyone was preempted.
-
-        Done before anything is scheduled, so nothing has to be undone. Prompts need no care: their blocks were all
-        taken at admission.
+        From the start: whose fault it was cannot be found out any more, so nothing of it is taken from the cache.
         """
-        preempted = False
+        request = live_owner(row)
+        if request is not None:
+            request.num_drawing_tokens = 0  # the step ahead was retracted: nothing else of it is in flight
+            self._held.withdraw(request)
+
+    def _make_room(self) -> list[BlockCopy]:
+        """Give every running sequence the blocks that its next token needs, preempting others until there are enough.
+
+        Done before anything is scheduled, so nothing has to be undone. Blocks for a prompt were all taken at admission.
+        """
         while True:
-            needed = sum(
-                self.blocks.blocks_to_grow(request.seq_id, request.num_computed_tokens, request.num_tokens)
-                for request in self.running
-                if not request.is_complete
-            )
-            if needed <= self.blocks.num_free_blocks:
-                return preempted
+            growing = self._held.growing(self.running)
+            if not growing or self._held.num_missing(growing) <= self.blocks.num_free_blocks:
+                return [copy for request in growing for copy in self._held.grow(request)]
             self._preempt(min(self.running, key=self._cost_of_preempting))
-            preempted = True
 
     def _cost_of_preempting(self, request: Request) -> tuple[int, int, tuple[int, int, int]]:
         """Least important first, then whoever loses the least computed work, then the newest."""
-        lost = self.blocks.num_exclusive_tokens(request.seq_id, request.num_computed_tokens)
         priority, arrival, sample = request.order
-        return (-priority, lost, (0, -arrival, -sample))
+        return (-priority, self._held.num_lost(request), (0, -arrival, -sample))
 
     def _preempt(self, request: Request) -> None:
         """Give up its blocks; it waits and recomputes (what the prefix cache still holds it finds again)."""
         self.running.remove(request)
-        self.blocks.free(request.seq_id)
+        self._held.free(request)
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         request.status = RequestStatus.WAITING
         self.waiting.push(request)
         self.counters.num_preemptions += 1
-
-    def _grow(self, request: Request, num_tokens: int) -> list[BlockCopy]:
-        copies = self.blocks.grow(request.seq_id, request.num_computed_tokens, num_tokens)
-        return [BlockCopy(copy.source, copy.target) for copy in copies]
 
     def _admit_waiting(self, budget: StepBudget) -> AdmissionStop:
         """Let the first in the queue run while there is a seat, blocks for all its known tokens, and budget.
@@ -294,9 +295,7 @@ class Scheduler:
     def _admit(self, request: Request, match: PrefixMatch) -> None:
         self.waiting.remove(request)
         self._note_admission(request, match)
-        self.blocks.begin(request.seq_id, match)
-        request.num_computed_tokens = match.num_tokens
-        self._grow(request, request.num_tokens)
+        self._held.begin(request, match)
         request.status = RequestStatus.RUNNING
         self.running.append(request)
 
@@ -308,11 +307,7 @@ class Scheduler:
         request.num_cached_tokens = match.num_tokens
         if self.blocks.enable_prefix_caching:
             misses = self.blocks.explain_misses(request.block_hashes, request.num_tokens, match)
-            self.counters.prefix_cache_queries += request.num_tokens
-            self.counters.prefix_cache_hits += match.num_tokens
-            self.counters.prefix_misses_new += misses.num_new_tokens
-            self.counters.prefix_misses_evicted += misses.num_evicted_tokens
-            self.counters.prefix_misses_tail += misses.num_tail_tokens
+            self.counters.count_prefix(request.num_tokens, match.num_tokens, misses)
 
     # ------------------------------------------------------------------ one step: what came of it
 
@@ -325,29 +320,31 @@ class Scheduler:
         now = self._clock()
         progress = []
         for row in batch.rows:
-            request = self._find(row.seq_id)
+            request = live_owner(row)
             if request is None:
                 continue
             self._note_computed(request, row)
             result = drawn.get(row.seq_id)
             if result is not None:
-                request.num_drawing_tokens -= 1
                 progress.append(self._append(request, result, now))
         return progress
 
-    def _find(self, seq_id: str) -> Request | None:
-        request_id, _, sample_index = seq_id.rpartition("/")
-        return self.requests.get(request_id, {}).get(int(sample_index))
-
     def _note_computed(self, request: Request, row: ScheduledRow) -> None:
-        before, after = row.num_computed_tokens, row.num_tokens_after
-        self.counters.num_recomputed_tokens += max(0, min(after, request.high_water_tokens) - before)
-        self.counters.num_prompt_tokens += max(0, min(after, request.num_prompt_tokens) - before)
-        request.high_water_tokens = max(request.high_water_tokens, after)
-        if self.holds(row):  # else preempted since: the blocks that the row wrote are gone
-            self.blocks.publish(request.seq_id, request.block_hashes, request.token_ids, after)
-            if request.held_siblings and after >= request.num_prompt_tokens:
-                self._fork_siblings(request)
+        before = row.num_computed_tokens
+        after = before + row.num_scheduled_tokens
+        high_water = request.high_water_tokens
+        if before < high_water:
+            self.counters.num_recomputed_tokens += min(after, high_water) - before
+        if after > high_water:
+            request.high_water_tokens = after
+        if before < request.num_prompt_tokens:
+            self.counters.num_prompt_tokens += min(after, request.num_prompt_tokens) - before
+        if request.block_ids is not row.block_ids:
+            return  # preempted since: the blocks that the row wrote are gone
+        if after % self._block_size < row.num_scheduled_tokens:  # it has filled a block
+            self._held.publish(request, after)
+        if request.held_siblings and after >= request.num_prompt_tokens:
+            self._fork_siblings(request)
 
     def _fork_siblings(self, leader: Request) -> None:
         """Start the other samples from the leader's prompt blocks.
@@ -363,30 +360,31 @@ class Scheduler:
                 self._admission_stop = AdmissionStop.CAPACITY
                 self.waiting.push(sibling)
                 continue
-            self.blocks.fork(leader.seq_id, sibling.seq_id, shared)
-            sibling.num_computed_tokens = shared
+            self._held.fork(leader, sibling, shared)
             sibling.scheduled_time = leader.scheduled_time
             sibling.status = RequestStatus.RUNNING
             self.running.append(sibling)
 
     def _append(self, request: Request, result: SampledRow, now: float) -> Progress:
         """Append drawn tokens up to the first that stops the request."""
-        if request.first_token_time is None:
+        is_first = request.first_token_time is None
+        if is_first:
             request.first_token_time = now
         request.last_token_time = now
+        request.num_drawing_tokens -= 1
+        known, drawn, logprobs = request.token_ids, result.token_ids, result.logprobs
+        num_known = len(known)
         stop: Stop | None = None
-        num_new = 0
-        for token_id in result.token_ids:
-            request.token_ids.append(token_id)
-            num_new += 1
-            stop = check_stop(request, self._eos_token_ids)
+        for token_id in drawn:
+            known.append(token_id)
+            stop = check_stop(request)
             if stop is not None:
+                drawn = known[num_known:]
+                logprobs = None if logprobs is None else logprobs[: len(drawn)]
+                self._end(request)
                 break
-        self.counters.num_generation_tokens += num_new
-        if stop is not None:
-            self._end(request)
-        logprobs = None if result.logprobs is None else result.logprobs[:num_new]
-        return Progress(request, result.token_ids[:num_new], logprobs, stop)
+        self.counters.num_generation_tokens += len(drawn)
+        return Progress(request, drawn, logprobs, stop, is_first)
 
     def fail(self, seq_id: str) -> list[Request]:
         """End the whole request whose sequence made a step fail; returns its samples that were still live.
@@ -395,6 +393,5 @@ class Scheduler:
         """
         request_id = seq_id.rpartition("/")[0]
         for sample in self.requests.get(request_id, {}).values():
-            if sample.status is RequestStatus.RUNNING:
-                self.blocks.unpublish(sample.seq_id)
+            self._held.withdraw(sample)
         return self.abort(request_id)

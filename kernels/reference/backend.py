@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +24,15 @@ class ReferenceBackend:
     """Implements `KernelBackend`; see there for what each operator means. Holds no state but its settings."""
 
     name = "reference"
+    detail = ""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.dtype = dtype
         self._prepack = can_prepack(device, dtype)
+
+    def weight_bytes(self, weights: Iterable[tuple[str, tuple[int, ...]]]) -> int:
+        return sum(math.prod(shape) for _, shape in weights) * self.dtype.itemsize
 
     def pack_linear(self, parts: Sequence[StoredWeight], bias: Sequence[StoredWeight] = ()) -> Any:
         return load_linear(parts, bias, self.device, self.dtype, self._prepack)

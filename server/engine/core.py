@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import logging
 import time
 from collections.abc import Callable
@@ -66,9 +66,8 @@ class EngineCore:
         launched = time.perf_counter()
         result = self._result(current)
         executed = time.perf_counter()
-        for progress in self.scheduler.update(current.batch, result.sampled):
-            self._outputs.append(_token_output(progress))
         outputs, self._outputs = self._outputs, []
+        outputs += map(_token_output, self.scheduler.update(current.batch, result.sampled))
         return StepOutput(
             outputs=outputs,
             stats=self.stats(
@@ -134,7 +133,7 @@ class EngineCore:
         update_seconds: float = 0.0,
     ) -> StepStats:
         """Gauges as they are, counters since the last call."""
-        now, before = dataclasses.replace(self.scheduler.counters), self._reported
+        now, before = copy.copy(self.scheduler.counters), self._reported
         self._reported = now
         pool = self.scheduler.blocks.pool
         num_evicted, self._num_evicted_reported = pool.num_evicted - self._num_evicted_reported, pool.num_evicted
@@ -177,7 +176,15 @@ class EngineCore:
 
 
 def _token_output(progress: Progress) -> TokenOutput:
+    """Between the first output of a sample and its last there is nothing to say but the tokens."""
     request, stop = progress.request, progress.stop
+    if stop is None and not progress.is_first:
+        return TokenOutput(
+            request_id=request.request_id,
+            sample_index=request.sample_index,
+            token_ids=progress.token_ids,
+            logprobs=progress.logprobs,
+        )
     return TokenOutput(
         request_id=request.request_id,
         sample_index=request.sample_index,
@@ -186,7 +193,7 @@ def _token_output(progress: Progress) -> TokenOutput:
         finish_reason=stop.reason if stop is not None else None,
         stop_token_id=stop.token_id if stop is not None else None,
         num_cached_tokens=request.num_cached_tokens,
-        timings=_timings(request) if stop is not None or request.num_output_tokens == len(progress.token_ids) else None,
+        timings=_timings(request),
     )
 
 

@@ -63,7 +63,7 @@ class RequestError(msgspec.Struct, frozen=True, kw_only=True):
     """The field to blame, where one is known."""
 
 
-class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """New tokens of one sample. `token_ids` includes the stop token that ended it, if one did."""
 
     request_id: str
@@ -76,7 +76,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     stop_token_id: int | None = None
     """The eos or stop id that ended it; it is also the last of `token_ids`."""
     num_cached_tokens: int = 0
-    """Prompt tokens taken from the prefix cache, known from the first output on."""
+    """Prompt tokens taken from the prefix cache. With the first output of a sample, and with the last."""
     timings: RequestTimings | None = None
     """With the first output of a sample (a stop string may end it without another), and with the last."""
     error: RequestError | None = None

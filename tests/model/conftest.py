@@ -214,7 +214,7 @@ def tiny_model(llama_config: Callable[..., LlamaConfig]) -> Callable[..., TinyMo
             kv_cache_memory=num_blocks * per_block * runner.backend.dtype.itemsize,
             max_num_seqs=1000,
             max_model_len=None,
-            max_num_batched_tokens=512,
+            max_num_batched_tokens=2048,
         )
         rng = random.Random(seed)
         free_blocks = list(range(1, plan.num_blocks))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -85,4 +86,4 @@ def test_kept_tables_follow_growth_copies_preemption_and_reuse(data):
         counts = [data.draw(st.integers(1, len(ids))) for ids in live.values()]
         width = max(counts)
         expected = [ids[:count] + [0] * (width - count) for ids, count in zip(live.values(), counts, strict=True)]
-        assert tables.gather(rows, counts).tolist() == expected
+        assert tables.gather(rows, np.array(counts)).tolist() == expected

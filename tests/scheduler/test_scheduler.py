@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from octavo.block_manager.check import check
+from octavo.block_manager.hashing import BlockHashes
 from octavo.scheduler.batch import SampledRow, ScheduledBatch
 from octavo.scheduler.config import CacheConfig, SchedulerConfig
 from octavo.scheduler.progress import Progress, WaitingCounts
+from octavo.scheduler.request import RequestStatus
 from octavo.scheduler.sampling_params import InvalidRequest, SamplingParams
 from octavo.scheduler.scheduler import QueueFull, Scheduler
 
@@ -336,3 +339,105 @@ def test_a_readmission_counts_neither_hits_nor_misses() -> None:
         step(scheduler)
     assert scheduler.counters.num_preemptions > 0
     assert prefix_counts(scheduler) == (22, 0, 16, 0, 6)
+
+
+def draw(batch: ScheduledBatch, token: int = 5) -> list[SampledRow]:
+    return [SampledRow(row.seq_id, [token]) for row in batch.rows if row.draws_token]
+
+
+def test_what_was_drawn_for_an_aborted_request_is_not_given_to_another_under_its_id() -> None:
+    scheduler = make()
+    scheduler.add("a", [1, 2, 3], SamplingParams(max_tokens=9))
+    in_flight = scheduler.schedule()
+    scheduler.abort("a")
+    scheduler.add("a", [4, 5, 6, 7, 8], SamplingParams(max_tokens=9))
+    assert scheduler.update(in_flight, draw(in_flight)) == []
+    (request,) = scheduler.requests["a"].values()
+    assert (request.token_ids, request.high_water_tokens) == ([4, 5, 6, 7, 8], 0)
+    batch, progress = step(scheduler)
+    assert shares(batch) == {"a/0": 5}
+    assert [item.token_ids for item in progress] == [[5]]
+
+
+def test_an_aborted_request_s_row_is_not_held_or_taken_back_by_another_under_its_id() -> None:
+    scheduler = make()
+    scheduler.add("a", [1, 2, 3], SamplingParams(max_tokens=9))
+    old = scheduler.schedule()
+    scheduler.abort("a")
+    scheduler.add("a", [1, 2, 3], SamplingParams(max_tokens=9))
+    new = scheduler.schedule()
+    scheduler.retract(old)
+    scheduler.drop_row(old.rows[0])
+    assert (scheduler.holds(old.rows[0]), scheduler.holds(new.rows[0])) == (False, True)
+    (request,) = scheduler.requests["a"].values()
+    assert (request.num_computed_tokens, request.num_drawing_tokens) == (3, 1)
+
+
+def preempted() -> tuple[Scheduler, list[int], ScheduledBatch]:
+    """A scheduler that has just preempted a request with this prompt, whose row was in the batch before."""
+    scheduler = make(num_blocks=9, budget=64, caching=True)
+    scheduler.add("old", [1] * 15, SamplingParams(max_tokens=12))
+    scheduler.add("victim", [2] * 7, SamplingParams(max_tokens=12))
+    before = scheduler.schedule()
+    drawn = draw(before)
+    while True:
+        after = scheduler.schedule()  # one step ahead
+        if scheduler.counters.num_preemptions:
+            assert scheduler.requests["victim"][0].status is RequestStatus.WAITING
+            scheduler.retract(after)
+            return scheduler, [2] * 7, before
+        drawn, so_far = draw(after), drawn
+        scheduler.update(before, so_far)
+        before = after
+
+
+def num_found(scheduler: Scheduler, prompt: list[int]) -> int:
+    return scheduler.blocks.match(BlockHashes(scheduler.blocks.block_size), prompt).num_tokens
+
+
+def test_what_a_preempted_sample_of_a_failed_request_published_is_not_found_again() -> None:
+    scheduler, prompt, _ = preempted()
+    assert num_found(scheduler, prompt) == 4
+    scheduler.fail("victim/0")
+    assert num_found(scheduler, prompt) == 0
+    check(scheduler.blocks)
+
+
+def test_what_a_sequence_published_that_was_preempted_in_a_step_that_failed_is_not_found_again() -> None:
+    """It may be what made the step fail, and cannot be tried alone: its blocks are others' by now."""
+    scheduler, prompt, failed = preempted()
+    (row,) = (row for row in failed.rows if row.seq_id == "victim/0")
+    assert not scheduler.holds(row)
+    scheduler.drop_row(row)
+    assert num_found(scheduler, prompt) == 0
+
+
+def test_a_sequence_that_was_preempted_in_a_step_that_failed_is_served_all_the_same() -> None:
+    scheduler, _, failed = preempted()
+    for row in failed.rows:
+        if not scheduler.holds(row):
+            scheduler.drop_row(row)
+    rest = ScheduledBatch([row for row in failed.rows if scheduler.holds(row)], 1).known()
+    scheduler.update(rest, draw(rest))
+    outputs = {"old": 0, "victim": 0}
+    for _ in range(100):
+        for item in step(scheduler)[1]:
+            outputs[item.request.request_id] = item.request.num_output_tokens
+    assert outputs == {"old": 12, "victim": 12}
+
+
+def test_a_leader_that_forks_late_with_tokens_left_to_compute_writes_no_shared_block() -> None:
+    """Preempted twice while its token was being drawn, it has two outputs when its prompt is there to be shared."""
+    scheduler = make(budget=11)
+    scheduler.add("a", [1] * 10, SamplingParams(n=2, max_tokens=9))
+    for _ in range(2):
+        batch = scheduler.schedule()
+        scheduler._preempt(scheduler.running[0])
+        scheduler.update(batch, draw(batch))
+    scheduler.add("b", [1], SamplingParams(max_tokens=9), priority=-1)
+    assert shares(step(scheduler)[0]) == {"b/0": 1, "a/0": 10}
+    assert scheduler.blocks.pool.num_shared > 0
+    batch = scheduler.schedule()
+    assert shares(batch)["a/0"] == 2
+    written = [row.block_ids[0][row.num_computed_tokens // 4] for row in batch.rows]
+    assert [scheduler.blocks.pool.blocks[block].ref_count for block in written] == [1] * len(written)

@@ -25,6 +25,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from msgspec import structs
 from octavo.block_manager import check as invariants
 from octavo.block_manager.block import FreeBlockList
 from octavo.block_manager.evicted import EvictedHashes
@@ -113,7 +114,7 @@ class OracleRunner:
         """The row with the token that only this runner knows."""
         if not row.num_unknown_tokens:
             return row
-        return replace(row, token_ids=[*row.token_ids, self.drawn[row.seq_id]], num_unknown_tokens=0)
+        return structs.replace(row, token_ids=[*row.token_ids, self.drawn[row.seq_id]], num_unknown_tokens=0)
 
     def _execute(self, batch: ScheduledBatch) -> StepResult:
         require(batch.num_tokens <= self.budget, "the step exceeds its token budget")
@@ -475,8 +476,8 @@ def abort_leaks_held_samples(patch: pytest.MonkeyPatch) -> None:
 def stop_is_checked_twice_late(patch: pytest.MonkeyPatch) -> None:
     original = scheduler_module.check_stop
 
-    def check_stop(request: Request, eos: Sequence[int]) -> object:
-        return original(request, eos) if request.num_output_tokens > 1 else None
+    def check_stop(request: Request) -> object:
+        return original(request) if request.num_output_tokens > 1 else None
 
     patch.setattr(scheduler_module, "check_stop", check_stop)
 

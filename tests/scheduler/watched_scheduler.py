@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -85,7 +85,7 @@ class WatchedScheduler(Scheduler):
             require(batch.num_tokens == self.max_num_batched_tokens, "the first is called deferred, with tokens left")
 
     def _admit(self, request: Request, match: PrefixMatch) -> None:
-        before = dataclasses.replace(self.counters)
+        before = copy.copy(self.counters)
         # What this pass has lost so far belongs to the account too.
         self.evicted |= self.published - set(self.blocks.pool.index[0])
         counted = request.num_preemptions == 0 and request.sample_index == 0 and self.blocks.enable_prefix_caching

@@ -86,6 +86,6 @@ def test_a_gate_takes_the_gate_first():
 
 
 def test_backends_are_selected_by_name():
-    assert select_backend("reference", CPU, torch.float32).name == "reference"
+    assert select_backend("reference", CPU, torch.float32, 64).name == "reference"
     with pytest.raises(ValueError, match="unknown kernel backend"):
-        select_backend("nonesuch", CPU, torch.float32)
+        select_backend("nonesuch", CPU, torch.float32, 64)
