@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -22,16 +23,24 @@ everywhere = pytest.mark.parametrize("isa", supported_isas())
 both = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
+@functools.cache
+def stored(encoding: str, seed: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raw bytes and values."""
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) / shape[1] ** 0.5
+    kind = GGMLQuantizationType[encoding]
+    packed = quantize(values.numpy(), kind)
+    raw = torch.from_numpy(packed.view("uint8").reshape(shape[0], -1).copy())
+    return raw, torch.from_numpy(dequantize(packed, kind).reshape(shape).copy())
+
+
 class Weight:
+    """A StoredWeight."""
+
     name = "expert"
 
     def __init__(self, seed: int, *shape: int, encoding: str = "F32") -> None:
-        values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) / shape[1] ** 0.5
         self.shape, self.encoding = shape, encoding
-        kind = GGMLQuantizationType[encoding]
-        packed = quantize(values.numpy(), kind)
-        self._raw = torch.from_numpy(packed.view("uint8").reshape(shape[0], -1).copy())
-        self._values = torch.from_numpy(dequantize(packed, kind).reshape(shape).copy())
+        self._raw, self._values = stored(encoding, seed, *shape)
 
     def raw(self) -> torch.Tensor:
         return self._raw
@@ -71,9 +80,7 @@ def batch(num_tokens: int, hidden: int, dtype: torch.dtype) -> tuple[torch.Tenso
 
 @everywhere
 @both
-@pytest.mark.parametrize(
-    "layer", [Layer(64, 48), Layer(40, 20), Layer(64, 96, "Q8_0"), Layer(256, 512, "Q4_0")], ids=str
-)
+@pytest.mark.parametrize("layer", [Layer(64, 48), Layer(40, 20), Layer(64, 96, "Q8_0"), Layer(96, 64, "Q4_0")], ids=str)
 def test_experts_equal_the_reference(
     isa: str, dtype: torch.dtype, layer: Layer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,5 +148,5 @@ def test_experts_of_other_shapes_or_numbers_are_refused() -> None:
 
 def test_quantised_experts_stay_quantised() -> None:
     native = CpuBackend(CPU, torch.bfloat16, 1)
-    small, large = (Layer(256, 512, encoding).packed(native) for encoding in ("Q4_0", "BF16"))
+    small, large = (Layer(64, 64, encoding).packed(native) for encoding in ("Q4_0", "BF16"))
     assert small.nbytes < 0.4 * large.nbytes  # type: ignore[attr-defined]
