@@ -62,7 +62,11 @@ class DecodeStep:
         """Tokens of the latest step, -1 where its logits were NaN. [max_rows]"""
         # Captured steps of all shapes write here, instead of keeping memory of their own each.
         self._logits = torch.empty((max_rows, vocab_size), dtype=backend.dtype, device=device)
-        self._workspace = backend.decode_workspace(model.attention_spec, self._block_size, max_rows, max_model_len)
+        # Of each group: what a plan leaves there depends on the group's window.
+        self._workspaces = tuple(
+            backend.decode_workspace(group.attention, self._block_size, max_rows, max_model_len)
+            for group in model.layer_groups
+        )
 
     def load(self, rows: Sequence[ScheduledRow], sources: Sequence[int], shape: StepShape) -> None:
         """Send a step's numbers. `sources[r]`: the place in `drawn` of row r's token, if the host does not know it."""
@@ -88,16 +92,24 @@ class DecodeStep:
         exists = slot_ids != slots.padding_slot
         blocks = tables.gather(1, (positions // self._block_size)[:, None]).view(-1).to(torch.int64)
         places = blocks * self._block_size + positions % self._block_size
-        inputs = DecodeInputs(
-            max_kv_len=shape.max_kv_len,
-            workspace=self._workspace,
-            kv_lens=torch.where(exists, positions + 1, 0).to(torch.int32),
-            positions=positions,
-            slots=torch.where(exists, places, -1),
-            block_tables=tables,
+        kv_lens = torch.where(exists, positions + 1, 0).to(torch.int32)
+        places = torch.where(exists, places, -1)
+        plans = tuple(
+            self._backend.plan_decode(
+                DecodeInputs(
+                    max_kv_len=shape.max_kv_len,
+                    workspace=workspace,
+                    kv_lens=kv_lens,
+                    positions=positions,
+                    slots=places,
+                    block_tables=tables,
+                ),
+                group.attention,
+                self._block_size,
+            )
+            for group, workspace in zip(self._model.layer_groups, self._workspaces, strict=True)
         )
-        plan = self._backend.plan_decode(inputs, self._model.attention_spec, self._block_size)
-        hidden = self._model.forward(tokens, plan, self._kv_pool)
+        hidden = self._model.forward(tokens, plans, self._kv_pool.unbind())
         logits = self._logits[: shape.num_rows]
         logits.copy_(self._model.logits(hidden))
         parameters = DrawParameters(

@@ -259,12 +259,15 @@ class ModelRunner:
         return self._forward(build_forward_batch(batch, self.block_size, self._device, self._block_tables)).clone()
 
     def _forward(self, batch: ForwardBatch) -> torch.Tensor:
-        plan = self.backend.plan_attention(batch.attention, self._model.attention_spec, self.block_size)
-        return self._step(batch.token_ids, plan, batch.logits_indices)
+        plans = tuple(
+            self.backend.plan_attention(batch.attention, group.attention, self.block_size)
+            for group in self._model.layer_groups
+        )
+        return self._step(batch.token_ids, plans, batch.logits_indices)
 
-    def _compute(self, token_ids: torch.Tensor, plan: Any, logits_indices: torch.Tensor) -> torch.Tensor:
+    def _compute(self, token_ids: torch.Tensor, plans: tuple[Any, ...], logits_indices: torch.Tensor) -> torch.Tensor:
         """One step; a `StepFunction`."""
-        hidden = self._model.forward(token_ids, plan, self.kv_pool)  # [num_tokens, hidden]
+        hidden = self._model.forward(token_ids, plans, self.kv_pool.unbind())  # [num_tokens, hidden]
         if not logits_indices.numel():
             return hidden.new_empty((0, self.spec.vocab_size))
         return self._model.logits(self.backend.select_rows(hidden, logits_indices))
@@ -273,7 +276,12 @@ class ModelRunner:
     def _record(self, backend: RecordingBackend, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         # One more than sequences: the probe after a failure brings one of its own.
         max_num_logits = min(max_num_seqs, max_num_batched_tokens) + 1
-        step = backend.record(self._compute, max_num_tokens=max_num_batched_tokens, max_num_logits=max_num_logits)
+        step = backend.record(
+            self._compute,
+            max_num_tokens=max_num_batched_tokens,
+            max_num_logits=max_num_logits,
+            num_groups=len(self._model.layer_groups),
+        )
         if step is None:
             self.notes.append("steps run operator by operator: this model's cannot be recorded")
         else:

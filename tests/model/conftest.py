@@ -86,6 +86,7 @@ def model_spec(config: LlamaConfig) -> ModelSpec:
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=config.tie_word_embeddings,
         attention_bias=config.attention_bias,
+        output_bias=config.attention_bias,
         mlp_bias=config.mlp_bias,
         eos_token_ids=(2,),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from octavo.model.llama import LlamaForCausalLM
+from octavo.model.families.llama import LlamaForCausalLM
 from octavo.model.spec import ModelSpec, RopeSpec
 from octavo.server.bench.roofline import ModelCost, StepShape, floor, model_cost, step_cost
 
