@@ -29,6 +29,7 @@ from .forward_batch import ForwardBatch, build_forward_batch
 from .kv_cache import allocate_pool
 from .loader import check_weights, load_model, stored_weights
 from .memory import DEFAULT_BATCHED_TOKENS, CachePlan, cache_request, is_out_of_memory, plan_cache
+from .registry import PositionedCausalLM, family_note
 from .sampler import Sampler
 from .spec import ModelError
 from .weights.open import open_weights
@@ -73,9 +74,12 @@ class ModelRunner:
         self._device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, self._device)
         with self._phase("open", report):
-            source = source or open_weights(config.path, config.load_format)
-            check_weights(source)
+            source = source or open_weights(config.path, config.load_format, config.model_impl)
+            num_parameters = check_weights(source)
         self.spec = source.spec
+        family = family_note(self.spec)
+        if family is not None:
+            self.notes.append(family)
         with self._phase("load", report), torch.inference_mode():
             try:
                 self.backend = select_backend(config.kernel_backend, self._device, dtype, self.spec.head_dim)
@@ -86,7 +90,9 @@ class ModelRunner:
                 self.notes.append(note)
             self.weights = stored_weights(source)
             """Encoding and shape of each, in the order in which the family lists them."""
-            self.weight_bytes = self.backend.weight_bytes(self.weights)
+            self.weight_bytes = (
+                self.backend.weight_bytes(self.weights) if family is None else num_parameters * dtype.itemsize
+            )
             """As the backend keeps them."""
             with _needing_memory(f"the weights ({self.weight_bytes / 2**30:.2f} GiB)", _SMALLER_WEIGHTS):
                 self._model = load_model(source, self.backend, lambda share: report("load", share))
@@ -139,11 +145,12 @@ class ModelRunner:
         what = f"the rotations of {plan.max_model_len} positions"
         with _needing_memory(what, "give a smaller max-model-len or kv-cache-memory"):
             self._model.prepare(plan.max_model_len)
-        recording_backend = as_recording_backend(self.backend)
+        only_operators = not isinstance(self._model, PositionedCausalLM)
+        recording_backend = as_recording_backend(self.backend) if only_operators else None
         if recording_backend is not None:
             self._record(recording_backend, max_num_seqs, max_num_batched_tokens)
         # Which experts a step needs only its tokens tell, so such a step cannot be captured.
-        device_backend = as_device_backend(self.backend) if self.spec.experts is None else None
+        device_backend = as_device_backend(self.backend) if only_operators and self.spec.experts is None else None
         if device_backend is not None:
             self._decode = DecodeAhead(
                 self._model,
@@ -225,6 +232,8 @@ class ModelRunner:
             self.backend.plan_attention(batch.attention, group.attention, self.block_size)
             for group in self._model.layer_groups
         )
+        if isinstance(self._model, PositionedCausalLM):
+            self._model.place(batch.attention.positions)
         return self._step(batch.token_ids, plans, batch.logits_indices)
 
     def _compute(self, token_ids: torch.Tensor, plans: Any, logits_indices: torch.Tensor) -> torch.Tensor:

@@ -58,6 +58,8 @@ def serve_command(plan: ModelPlan, values: Mapping[str, Any]) -> list[str]:
     command += ["--device", request.device.type, "--dtype", plan.chosen.name]
     if request.kernel_backend != _DEFAULTS["kernel_backend"]:
         command += ["--kernel-backend", request.kernel_backend]
+    if values["model_impl"] != _DEFAULTS["model_impl"]:
+        command += ["--model-impl", values["model_impl"]]
     if values["enable_prefix_caching"] != _DEFAULTS["enable_prefix_caching"]:
         command.append("--enable-prefix-caching" if values["enable_prefix_caching"] else "--no-enable-prefix-caching")
     if request.block_size != _DEFAULTS["block_size"]:
