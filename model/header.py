@@ -13,7 +13,7 @@ import torch
 from .config import ModelImpl
 from .kv_layout import KvLayout, kv_layout
 from .loader import check_weights, stored_weights
-from .registry import family_note, family_of, model_family
+from .registry import family_of, model_family
 from .spec import ModelError, ModelSpec
 from .text import printable
 from .weights.gguf_families import GGUF_FAMILIES
@@ -135,7 +135,6 @@ def _of_directory(files: ModelFiles, model_impl: ModelImpl) -> ModelHeader:
         num_parameters=num_parameters,
         weights=weights,
         stored_bytes=stored_bytes(files.path),
-        notes=_notes(source.spec),
     )
 
 
@@ -156,13 +155,7 @@ def _of_config(directory: Path, name: str, model_impl: ModelImpl, *, stored: boo
         kv_layout=kv_layout(spec),
         num_parameters=sum(math.prod(shape) for _, shape in parameters),
         stored_bytes=num_bytes,
-        notes=_notes(spec),
     )
-
-
-def _notes(spec: ModelSpec) -> tuple[str, ...]:
-    note = family_note(spec)
-    return () if note is None else (note,)
 
 
 def _unserved(outline: Outline, refusal: str, *, name: str, read: str, num_bytes: int | None) -> ModelHeader:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ..model.memory import DEFAULT_BATCHED_TOKENS
 from ..model.plan import DtypePlan, Limit, ModelPlan
+from ..model.registry import family_note
 from ..model.sizes import size_text
 from .banner import capacity_lines
 from .engine.messages import EngineReady
@@ -45,7 +46,7 @@ def expected_ready(plan: ModelPlan, values: Mapping[str, Any]) -> EngineReady:
         device=str(request.device),
         backend=plan.backend_name,
         phases={},
-        notes=[*([plan.backend_note] if plan.backend_note else []), *plan.cache.notes],
+        notes=[*(note for note in (family_note(spec), plan.backend_note) if note), *plan.cache.notes],
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..registry import is_native
 from ..spec import ModelError, ModelSpec, RopeSpec
 from ..weights.hf_spec import first_id, read_eos_ids
 from ..weights.layout import check_spec
@@ -29,6 +30,10 @@ def read_generic_spec(directory: Path, values: dict[str, Any], architecture: str
     try:
         spec = _describe(directory, values, architecture)
     except Unserved as error:
+        if is_native(architecture):
+            raise ModelError(
+                f"the generic path cannot serve this {architecture}: {error}; leave model-impl out"
+            ) from error.__cause__
         raise ModelError(
             f"the model's architecture {architecture} is not supported: it has no native family, and {error}; "
             "choose another model"
@@ -42,6 +47,7 @@ def _describe(directory: Path, values: dict[str, Any], architecture: str) -> Mod
     config = read_config(values)
     num_layers = _integer(config, "num_hidden_layers", MAX_LAYERS)
     num_positions = _integer(config, "max_position_embeddings", _LONGEST)
+    _refuse_other_layers(config)
     _refuse_varying_rope(config)
     config_json = json.dumps(values)
     module = build_module(architecture, config_json, torch.float32)
@@ -71,10 +77,19 @@ def _describe(directory: Path, values: dict[str, Any], architecture: str) -> Mod
 
 
 def _integer(config: Any, name: str, limit: int) -> int:
-    value = getattr(config, name, None)
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # configs whose layers differ refuse to answer for all of them
+        raise Unserved(f"its layers differ in {name}") from None
     if type(value) is not int or not 0 < value <= limit:
         raise Unserved(f"its config says that {name} is {str(value)[:40]}")
     return value
+
+
+def _refuse_other_layers(config: Any) -> None:
+    for kind in getattr(config, "layer_types", None) or ():
+        if kind not in ("full_attention", "sliding_attention"):
+            raise Unserved(f"it has layers of the kind {str(kind)[:40]!r}, which paged attention does not know")
 
 
 def _refuse_varying_rope(config: Any) -> None:

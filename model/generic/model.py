@@ -6,18 +6,17 @@ tokens, and that is ours. There is no cache object; positions are given.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ...kernels.backend import KernelBackend
 from ..layer_groups import LayerGroup, layer_groups
 from ..spec import ModelSpec
 from ..weights.source import WeightSource
 from .attention import ATTRIBUTE, PagedAttention, Step
+from .head import head_of
 from .module import build_module
 from .probe import probe
 from .weights import fill, parameter_shapes
@@ -44,7 +43,7 @@ class GenericCausalLM:
                 setattr(layers[layer].module, ATTRIBUTE, attention)
         self._positions = torch.empty(0, dtype=torch.int64)
         self._decoder = self._module.base_model
-        self._head = _head(self._module)
+        self._head = head_of(self._module)
         progress(1.0)
 
     @classmethod
@@ -76,20 +75,3 @@ class GenericCausalLM:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits[0]
         return logits
-
-
-class _Through(torch.nn.Module):
-    """In the decoder's place: gives back what it is given, already normalised."""
-
-    def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
-
-
-def _head(module: Any) -> Any:
-    """The module without its decoder: head, scale and cap of the logits as transformers computes them."""
-    head = copy.copy(module)
-    head._modules = dict(module._modules)
-    through = _Through()
-    through.decoder = through.forward  # OPT and its kin call a decoder within the decoder
-    head._modules[module.base_model_prefix] = through
-    return head

@@ -18,6 +18,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ...kernels.backend import AttentionSpec
+from .head import head_of
 from .module import Unserved
 
 _NAME = "octavo_probe"
@@ -79,7 +80,9 @@ def probe(module: Any, num_positions: int, num_layers: int) -> Probe:
             positions = torch.arange(_NUM_TOKENS, device="meta")[None]
             # With a mask of its own, transformers does not look for sequences packed together, which takes values.
             padding = torch.ones_like(ids)
-            output = module(input_ids=ids, position_ids=positions, attention_mask=padding, use_cache=False)
+            decoder = module.base_model
+            hidden = decoder(input_ids=ids, position_ids=positions, attention_mask=padding, use_cache=False)[0]
+            logits = head_of(module)(inputs_embeds=hidden, use_cache=False).logits
     except Unserved:
         raise
     except Exception as error:
@@ -91,7 +94,7 @@ def probe(module: Any, num_positions: int, num_layers: int) -> Probe:
         raise Unserved(
             f"{len(observer.layers)} of its {num_layers} layers attend; what the others keep of a sequence is not known"
         )
-    return Probe(tuple(observer.layers[layer] for layer in range(num_layers)), output.logits.shape[-1])
+    return Probe(tuple(observer.layers[layer] for layer in range(num_layers)), logits.shape[-1])
 
 
 @contextmanager

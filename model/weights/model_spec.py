@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..config import ModelImpl
-from ..registry import is_native
+from ..registry import is_native, model_family
 from ..spec import ModelSpec
 from .hf_config import HfConfig
 from .hf_spec import read_hf_spec
@@ -18,7 +18,9 @@ def read_model_spec(directory: Path, tensor_names: Collection[str] | None, model
     path = directory / "config.json"
     config = HfConfig(path, read_json_object(path))
     architecture = config.architecture
-    if model_impl == "native" or architecture == "unknown" or (model_impl == "auto" and is_native(architecture)):
+    if architecture != "unknown" and model_impl == "native":
+        model_family(architecture)
+    if architecture == "unknown" or model_impl == "native" or (model_impl == "auto" and is_native(architecture)):
         return read_hf_spec(directory, tensor_names)
     from ..generic.describe import read_generic_spec  # imports transformers, which takes seconds
 
