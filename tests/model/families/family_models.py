@@ -41,6 +41,7 @@ def longrope(dims: int, **more: Any) -> dict[str, Any]:
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": 24, "head_dim": 16}),
     "mistral without window": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),

@@ -3,6 +3,7 @@ cache, and contexts longer than the windows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ LONGROPE = ("phi3 longrope", "phi4 mini")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in LONGROPE])
-def test_greedy_answers_equal_transformers(tmp_path: Path, case: str) -> None:
+def test_greedy_answers_equal_transformers(tmp_path: Path, case: str, proves: Callable[..., None]) -> None:
     family = save_family(case, tmp_path)
     engine = open_engine(tmp_path)
     asked = prompts(LENGTHS)
@@ -25,6 +26,8 @@ def test_greedy_answers_equal_transformers(tmp_path: Path, case: str) -> None:
     again = engine.answer(longer, NUM_OUTPUT_TOKENS, seed=1)
     assert_answers_equal(family, longer, again)
     assert any(answer.num_cached > 0 for answer in again)
+    ready = engine.client.ready
+    proves(architecture=ready.architecture, path="native", weights="safetensors", backend=ready.backend.split()[0])
 
 
 @pytest.mark.parametrize("case", LONGROPE)
