@@ -1,8 +1,8 @@
 """Render docs/models.md's table of what is served from docs/models.json, which tests wrote as they passed.
 
-    pytest tests/model/families tests/model/generic --record-models docs/models.json
-    python bench/models_table.py            # writes the table between its markers
-    python bench/models_table.py --check    # status 1 if the page says something else
+make models-table                       # runs those tests, and writes the table between its markers
+python bench/models_table.py            # writes it from what was recorded
+python bench/models_table.py --check    # status 1 if the page says something else
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Settings of the whole suite, and the record of which models were seen to work.
 
-A test that takes the fixture `proves` states what it has shown. With `--record-models FILE` these statements of the tests
-that pass are kept there, by test; docs/models.md is made of them (bench/models_table.py).
+A test that takes the fixture `proves` states what it has shown. With `--record-models FILE` these statements of the
+tests that pass are kept there, by test; docs/models.md is made of them (`make models-table`).
 """
 
 from __future__ import annotations

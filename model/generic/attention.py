@@ -1,9 +1,9 @@
 """Our paged attention as an attention implementation of transformers.
 
-transformers' modelling code looks its attention function up by name (`AttentionInterface`), and hands it the module that
-asks along with q, k and v, positions already applied. Each attention module of a served model carries a `PagedAttention`
-that knows its layer; the step's plans and pools are in one `Step` that all of them share. So nothing is global but the
-name. No mask is registered under it: transformers then builds none, and windows are the plans'.
+transformers' modelling code looks its attention function up by name (`AttentionInterface`), and hands it the module
+that asks along with q, k and v, positions already applied. Each attention module of a served model carries a
+`PagedAttention` that knows its layer; the step's plans and pools are in one `Step` that all of them share. So nothing
+is global but the name. No mask is registered under it: transformers then builds none, and windows are the plans'.
 """
 
 from __future__ import annotations

@@ -113,12 +113,14 @@ def _uniform(found: Probe) -> Any:
 
 
 def _widest_product(module: Any, config: Any) -> int:
-    """Of one token, head and embedding aside; of a token's experts together. For the estimate of activations."""
-    outer = {id(layer.weight) for layer in (module.get_input_embeddings(), module.get_output_embeddings()) if layer}
+    """Of one token, head and embeddings aside; of a token's experts together. For the estimate of activations."""
+    tables = [layer for layer in module.modules() if isinstance(layer, torch.nn.Embedding)]
+    outer = {id(layer.weight) for layer in (*tables, module.get_output_embeddings()) if layer is not None}
     chosen = getattr(config, "num_experts_per_tok", None)
     chosen = chosen if type(chosen) is int else 1
-    return max(
-        max(parameter.shape[-2:]) * (chosen if parameter.dim() == 3 else 1)
+    widths = [
+        int(max(parameter.shape[-2:])) * (chosen if parameter.dim() == 3 else 1)
         for parameter in module.parameters()
         if parameter.dim() >= 2 and id(parameter) not in outer
-    )
+    ]
+    return max(widths)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
-@dataclass
 class _Hidden(MoeModelOutputWithPast):  # type: ignore[misc]
-    """What any decoder here may have beside its hidden states, all of it None."""
+    """Hidden states; whatever else a decoder may give back is None."""
 
-    cross_attentions: Any = None
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 class _Through(torch.nn.Module):
@@ -23,13 +24,16 @@ class _Through(torch.nn.Module):
     def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> _Hidden:
         return _Hidden(last_hidden_state=inputs_embeds)
 
+    @property
+    def decoder(self) -> Callable[..., _Hidden]:
+        """OPT and its kin call a decoder within the decoder."""
+        return self.forward
+
 
 def head_of(module: Any) -> Any:
     """Called with `inputs_embeds`, the hidden states behind the final norm, [1, n, hidden]: head, scale and cap of the
     logits as transformers computes them. Shares the module's weights."""
     head = copy.copy(module)
     head._modules = dict(module._modules)
-    through = _Through()
-    through.decoder = through.forward  # OPT and its kin call a decoder within the decoder
-    head._modules[module.base_model_prefix] = through
+    head._modules[module.base_model_prefix] = _Through()
     return head

@@ -1,9 +1,9 @@
 """From a checkpoint to transformers' module, by transformers' own rules of names and shapes.
 
-transformers 5 renames, merges and splits the tensors of many checkpoints as it loads them (experts that a file keeps one
-by one become one tensor), and ties and initialises what no file holds. All of that is left to it: it gets tensors that
-are read when it asks, from our source, so that shards, quantised files and random weights are as for any family. The
-same procedure over shapes alone checks a checkpoint before anything is read.
+transformers 5 renames, merges and splits the tensors of many checkpoints as it loads them (experts that a file keeps
+one by one become one tensor), and ties and initialises what no file holds. All of that is left to it: it gets tensors
+that are read when it asks, from our source, so that shards, quantised files and random weights are as for any family.
+The same procedure over shapes alone checks a checkpoint before anything is read.
 """
 
 from __future__ import annotations
@@ -109,4 +109,3 @@ def parameter_shapes(module: Any) -> list[tuple[str, tuple[int, ...]]]:
     """Of every parameter by transformers' own name, tied ones once."""
     tied = set(module.all_tied_weights_keys)
     return [(name, tuple(value.shape)) for name, value in module.named_parameters() if name not in tied]
-

@@ -71,7 +71,7 @@ def test_answers_from_a_gguf_file_equal_transformers(tmp_path: Path, case: str, 
     proves(architecture=ready.architecture, path="native", weights="GGUF", backend=ready.backend.split()[0])
 
 
-def test_quantised_experts_are_cut_out_of_their_tensor(tmp_path: Path) -> None:
+def test_quantised_experts_are_cut_out_of_their_tensor(tmp_path: Path, proves: Callable[..., None]) -> None:
     family = save_family("mixtral", tmp_path / "hf", sliding_window=None, hidden_size=64, intermediate_size=96)
     path = export_gguf(family.oracle, tmp_path / "m.gguf", GGMLQuantizationType.Q8_0)
     source = open_gguf(path)
@@ -94,7 +94,10 @@ def test_quantised_experts_are_cut_out_of_their_tensor(tmp_path: Path) -> None:
             else:
                 parameter.copy_(state[name.replace("mlp.gate", "block_sparse_moe.gate")].dequantize(torch.float32))
     asked = prompts((40, 20))
-    assert_answers_equal(Family(family.oracle, path), asked, open_engine(path).answer(asked, 8))
+    engine = open_engine(path)
+    assert_answers_equal(Family(family.oracle, path), asked, engine.answer(asked, 8))
+    ready = engine.client.ready
+    proves(architecture=ready.architecture, path="native", weights="GGUF Q8_0", backend=ready.backend.split()[0])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""Puts this folder and the families' on the path, so that these tests can import helpers (pytest's importlib mode does
-not)."""
+"""Puts this folder, the families' and the weights' on the path, so that these tests can import helpers (pytest's
+importlib mode does not)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "families")]
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("generic", "families", "weights")]
 
 
 @pytest.fixture(autouse=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from family_models import assert_answers_equal, open_engine, prompts, save_family
+from family_models import Family, assert_answers_equal, open_engine, prompts, save_family
 from octavo.model.spec import ModelError
 from octavo.model.weights.dummy import open_dummy
 from octavo.model.weights.open import open_weights
+from quantized_packers import GROUP, Pack, awq, float8, llama_config, write_llama
+from transformers import LlamaForCausalLM
 
 NATIVE = ("gemma2", "gemma3", "granite", "mistral", "mixtral", "olmo2", "qwen2 with windows", "qwen3 moe")
 
@@ -36,6 +39,24 @@ def test_both_see_the_same_shape(tmp_path: Path, case: str) -> None:
     ):  # fmt: skip
         assert getattr(generic, field) == getattr(native, field), field
     assert generic.attention_scale == pytest.approx(native.attention_scale or native.head_dim**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("pack", "config"),
+    [
+        (awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}),
+        (float8("tensor"), {"quant_method": "fp8", "activation_scheme": "dynamic"}),
+    ],
+    ids=["awq", "fp8"],
+)
+def test_quantised_safetensors_are_dequantised(tmp_path: Path, pack: Pack, config: dict[str, Any]) -> None:
+    checkpoint = write_llama(tmp_path, pack, config)
+    oracle = LlamaForCausalLM(llama_config()).eval()
+    oracle.load_state_dict(checkpoint.state)
+    engine = open_engine(tmp_path, model_impl="generic")
+    assert engine.client.ready.weight_bytes == 4 * checkpoint.num_parameters
+    asked = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6, 4, 3, 3, 8]]
+    assert_answers_equal(Family(oracle, tmp_path), asked, engine.answer(asked, 4))
 
 
 def test_random_weights_suffice_to_measure(tmp_path: Path) -> None:

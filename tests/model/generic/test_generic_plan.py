@@ -69,9 +69,15 @@ def test_the_command_says_who_computes_the_model(tmp_path: Path, capsys: pytest.
     assert "generic" in plan["server"]["command"]
 
 
-def test_a_model_that_no_path_serves_is_planned_and_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_that_no_path_serves_is_planned_and_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_generic("gpt neox", tmp_path)
     assert main(["plan", str(tmp_path), "--memory", "4GiB", "--device", "cpu", "--model-impl", "native"]) == 1
     assert "GPTNeoXForCausalLM is not supported" in capsys.readouterr().out
+
+
+def test_a_roofline_of_code_that_is_not_ours_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_generic("gpt neox", tmp_path)
+    assert main(["bench", "roofline", "--model", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "GPTNeoXForCausalLM has no native family, and a roofline counts" in error
+    assert error.count("\n") == 1

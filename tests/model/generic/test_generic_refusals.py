@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,9 +51,7 @@ def refusal(directory: Path, impl: Any = "auto") -> str:
         ("DeepseekV32ForCausalLM", {"num_key_value_heads": 4}, "it has layers of the kind 'indexed_attention'"),
     ],
 )
-def test_an_architecture_out_of_reach(
-    tmp_path: Path, architecture: str, settings: dict[str, Any], reason: str
-) -> None:
+def test_an_architecture_out_of_reach(tmp_path: Path, architecture: str, settings: dict[str, Any], reason: str) -> None:
     message = refusal(write_config(tmp_path, architecture, **settings))
     assert message.startswith(f"the model's architecture {architecture} is not supported: it has no native family, and")
     assert reason in message
@@ -78,7 +78,7 @@ def test_rotations_that_depend_on_a_step_are_refused_for_a_native_family_too(tmp
     rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
     write_config(tmp_path, "Phi3ForCausalLM", rope_parameters=rope, original_max_position_embeddings=64)
     message = refusal(tmp_path, "generic")
-    assert message.startswith("the generic path cannot serve this Phi3ForCausalLM: its rotary positions are of the type")
+    assert message.startswith("the generic path cannot serve this Phi3ForCausalLM: its rotary positions are of the ")
     assert message.endswith("; leave model-impl out")
 
 
@@ -100,7 +100,7 @@ Change = Callable[[dict[str, torch.Tensor]], None]
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda state: state.pop("gpt_neox.layers.1.mlp.dense_h_to_4h.bias"), "lacks tensor gpt_neox.layers.1.mlp.dens"),
+        (lambda state: state.pop("gpt_neox.layers.1.mlp.dense_h_to_4h.bias"), "lacks tensor gpt_neox.layers.1.mlp"),
         (lambda state: state.update(extra=torch.zeros(2)), "holds tensor extra, which is not part of a GPTNeoXForCaus"),
         (
             lambda state: state.update({"gpt_neox.final_layer_norm.weight": torch.zeros(3)}),
@@ -136,12 +136,10 @@ def test_names_of_older_checkpoints_are_understood(tmp_path: Path) -> None:
 
 
 def test_a_native_family_starts_without_transformers(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     save_family("mistral", tmp_path)
     code = (
-        "import sys; from octavo.model.loader import check_weights; from octavo.model.weights.open import open_weights\n"
+        "import sys\n"
+        "from octavo.model.loader import check_weights\nfrom octavo.model.weights.open import open_weights\n"
         f"check_weights(open_weights({str(tmp_path)!r})); print('transformers' in sys.modules)"
     )
     shown = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
