@@ -51,6 +51,8 @@ def _describe(directory: Path, values: dict[str, Any], architecture: str) -> Mod
     _refuse_varying_rope(config)
     config_json = json.dumps(values)
     module = build_module(architecture, config_json, torch.float32)
+    if any(isinstance(part, torch.nn.modules.conv._ConvNd) for part in module.modules()):
+        raise Unserved("it mixes neighbouring tokens by convolutions as well as by attention")
     found = probe(module, num_positions, num_layers)
     first = _uniform(found)
     windows = tuple(layer.attention.window for layer in found.layers)
