@@ -10,7 +10,7 @@ GPU    := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 SUDO   := $(if $(filter-out 0,$(shell id -u)),sudo)
 ARGS   ?=
 
-.PHONY: help install install-dev serve test lint types format aot sanitize monitoring-tools check-monitoring check clean
+.PHONY: help install install-dev serve test models-table lint types format aot sanitize monitoring-tools check-monitoring check clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -39,6 +39,12 @@ serve: install  ## Serve the default model on 127.0.0.1:8000 (ARGS="--port 9000 
 
 test: install-dev  ## Run the whole suite (ARGS="-k name" for a part)
 	$(BIN)/python -m pytest $(ARGS)
+
+models-table: install-dev  ## Run the tests behind docs/models.md, and write its table from those that passed
+	rm -f docs/models.json
+	$(BIN)/python -m pytest tests/model/families tests/model/generic tests/model/weights/test_quantized_formats.py \
+		--record-models docs/models.json
+	$(BIN)/python bench/models_table.py
 
 lint: install-dev  ## ruff: lint and format
 	$(BIN)/ruff check .

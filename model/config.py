@@ -8,6 +8,7 @@ from typing import Literal
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
+ModelImpl = Literal["auto", "native", "generic"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +17,9 @@ class ModelConfig:
     """A local .gguf file or a directory with config.json and safetensors (see weights/resolve.py for names)."""
     load_format: LoadFormat = "auto"
     """dummy: random weights, of which config.json alone says the shapes (weights/dummy.py)."""
+    model_impl: ModelImpl = "auto"
+    """What computes it. native: a family here; generic: transformers' own code (model/generic); auto: a family where
+    there is one."""
     dtype: DType = "auto"
     """Type of activations and K/V. auto: bfloat16 where the device multiplies it natively, else float32."""
     device: Device = "auto"

@@ -10,19 +10,20 @@ from typing import Any
 
 import torch
 
+from .config import ModelImpl
 from .kv_layout import KvLayout, kv_layout
 from .loader import check_weights, stored_weights
-from .registry import model_family
+from .registry import family_of, model_family
 from .spec import ModelError, ModelSpec
 from .text import printable
 from .weights.gguf_families import GGUF_FAMILIES
 from .weights.gguf_outline import open_gguf_outline
 from .weights.gguf_source import open_gguf
 from .weights.hf_outline import read_hf_outline, stored_bytes
-from .weights.hf_spec import read_hf_spec
 from .weights.hub_header import fetch_config, fetch_gguf_header
 from .weights.jsonfile import read_json_object
 from .weights.layout import check_spec
+from .weights.model_spec import read_model_spec
 from .weights.outline import Outline
 from .weights.resolve import HubName, ModelFiles, locate_model
 from .weights.safetensors_source import open_safetensors
@@ -46,7 +47,7 @@ class ModelHeader:
     notes: tuple[str, ...] = ()
 
 
-def read_header(name: str | None) -> ModelHeader:
+def read_header(name: str | None, model_impl: ModelImpl = "auto") -> ModelHeader:
     """Of whatever `octavo serve` takes, and of a config.json without weights, by its path or its directory's.
 
     Nothing but config.json, or the header of a GGUF file, is fetched from the hub. Raises ModelError where there is no
@@ -54,13 +55,13 @@ def read_header(name: str | None) -> ModelHeader:
     """
     directory = _bare_config(name)
     if directory is not None:
-        return _of_config(directory, directory.resolve().name)
+        return _of_config(directory, directory.resolve().name, model_impl)
     found = locate_model(name)
     if isinstance(found, HubName):
-        return _of_hub(found)
+        return _of_hub(found, model_impl)
     if found.kind == "gguf":
         return _of_gguf(found.path, found.name, found.path.stat().st_size)
-    return _of_directory(found)
+    return _of_directory(found, model_impl)
 
 
 def _bare_config(name: str | None) -> Path | None:
@@ -77,9 +78,9 @@ def _bare_config(name: str | None) -> Path | None:
         return None
 
 
-def _of_hub(hub: HubName) -> ModelHeader:
+def _of_hub(hub: HubName, model_impl: ModelImpl) -> ModelHeader:
     if hub.file is None:
-        return _of_config(fetch_config(hub).parent, hub.label, stored=False)
+        return _of_config(fetch_config(hub).parent, hub.label, model_impl, stored=False)
     with tempfile.TemporaryDirectory(prefix="octavo-plan-") as folder:
         path = fetch_gguf_header(hub, hub.file, Path(folder))
         return _of_gguf(path, hub.label, path.stat().st_size)
@@ -107,13 +108,14 @@ def _of_gguf(path: Path, name: str, num_bytes: int) -> ModelHeader:
     )
 
 
-def _of_directory(files: ModelFiles) -> ModelHeader:
+def _of_directory(files: ModelFiles, model_impl: ModelImpl) -> ModelHeader:
     read = "config.json and the headers of the safetensors"
     try:
-        source = open_safetensors(files.path)
+        source = open_safetensors(files.path, model_impl)
         try:
             num_parameters = check_weights(source)
-            weights = tuple(stored_weights(source))
+            generic = source.spec.transformers_config is not None  # whose weights are kept unquantised
+            weights = None if generic else tuple(stored_weights(source))
         finally:
             source.close()
     except ModelError as error:
@@ -136,13 +138,13 @@ def _of_directory(files: ModelFiles) -> ModelHeader:
     )
 
 
-def _of_config(directory: Path, name: str, *, stored: bool = True) -> ModelHeader:
+def _of_config(directory: Path, name: str, model_impl: ModelImpl, *, stored: bool = True) -> ModelHeader:
     """`stored`: whether files beside config.json may tell how large the weights are."""
     num_bytes = stored_bytes(directory) if stored else None
     try:
-        spec = read_hf_spec(directory, None)
+        spec = read_model_spec(directory, None, model_impl)
         check_spec(spec, directory / "config.json")
-        parameters = model_family(spec.architecture).parameters(spec)
+        parameters = family_of(spec).parameters(spec)
     except ModelError as error:
         outline = read_hf_outline(directory, _completed_config(directory))
         return _unserved(_counted(outline, directory), str(error), name=name, read="config.json", num_bytes=num_bytes)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from ..kernels.backend import KernelBackend
-from .registry import CausalLM, model_family
+from .registry import CausalLM, family_of
 from .sizes import size_text
 from .spec import ModelError, ModelSpec
 from .weights.quantized_weight import QuantizedWeight
@@ -24,7 +24,11 @@ def check_weights(source: WeightSource) -> int:
     Raises ModelError, in one line, for an unknown architecture, missing tensors, wrong shapes, or tensors that the
     family does not read: with them the model would be meant to compute something else.
     """
-    expected = list(model_family(source.spec.architecture).parameters(source.spec))
+    if source.spec.transformers_config is not None:
+        from .generic.weights import check
+
+        return check(source)
+    expected = list(family_of(source.spec).parameters(source.spec))
     present = set(source.names())
     missing = [name for name, _ in expected if name not in present]
     if missing:
@@ -50,8 +54,12 @@ def check_weights(source: WeightSource) -> int:
 
 
 def stored_weights(source: WeightSource) -> list[tuple[str, tuple[int, ...]]]:
-    """Encoding and shape of every tensor that the family reads; call `check_weights` before."""
-    expected = model_family(source.spec.architecture).parameters(source.spec)
+    """Encoding and shape of every tensor that the family reads; call `check_weights` before. The generic path reads all
+    that there are."""
+    if source.spec.transformers_config is not None:
+        weights = (source.weight(name) for name in source.names())
+        return [(weight.encoding, tuple(weight.shape)) for weight in weights]
+    expected = family_of(source.spec).parameters(source.spec)
     return [(source.weight(name).encoding, shape) for name, shape in expected]
 
 
@@ -70,8 +78,9 @@ def _is_idle(name: str, source: WeightSource) -> bool:
 
 def _dequantized(source: WeightSource, dtype: torch.dtype) -> str | None:
     """That weights take more memory than their files: of those that no backend keeps as they are stored."""
-    parameters = model_family(source.spec.architecture).parameters(source.spec)
-    weights = [source.weight(name) for name, _ in parameters]
+    generic = source.spec.transformers_config is not None
+    names = source.names() if generic else [name for name, _ in family_of(source.spec).parameters(source.spec)]
+    weights = [source.weight(name) for name in names]
     encodings = sorted({weight.encoding for weight in weights if isinstance(weight, QuantizedWeight)})
     if not encodings:
         return None
@@ -87,4 +96,4 @@ def load_model(source: WeightSource, backend: KernelBackend, progress: Callable[
     note = _dequantized(source, backend.dtype)
     if note is not None:
         logger.info(note)
-    return model_family(spec.architecture)(spec, source, backend, progress)
+    return family_of(spec)(spec, source, backend, progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -45,6 +45,16 @@ class CausalLM(Protocol):
         ...
 
 
+@runtime_checkable
+class PositionedCausalLM(CausalLM, Protocol):
+    """A model whose code wants to be told where its tokens stand, beside what the plans say to the backend. Its steps
+    are not made of the backend's operators alone, so they are neither recorded nor captured."""
+
+    def place(self, positions: torch.Tensor) -> None:
+        """Before each forward pass: int64 [num_tokens], of its tokens in their sequences."""
+        ...
+
+
 class ModelFamily(Protocol):
     """What the registry holds: a class that declares its parameters and loads them."""
 
@@ -81,3 +91,28 @@ def model_family(architecture: str) -> ModelFamily:
         name = one_line(architecture, 80) or "(none)"
         raise ModelError(f"the model's architecture {name} is not supported; known: {known}")
     return family
+
+
+def is_native(architecture: str) -> bool:
+    """Whether a family here implements it."""
+    return architecture in _FAMILIES
+
+
+def family_of(spec: ModelSpec) -> ModelFamily:
+    """What computes a model of this spec. Raises ModelError as `model_family` does."""
+    if spec.transformers_config is None:
+        return model_family(spec.architecture)
+    from .generic.model import GenericCausalLM  # imports transformers, which takes seconds
+
+    return GenericCausalLM
+
+
+def family_note(spec: ModelSpec) -> str | None:
+    """What a user should know of how the model is computed; None where a family here does it."""
+    if spec.transformers_config is None:
+        return None
+    why = "on request" if is_native(spec.architecture) else f"{spec.architecture} has no native family"
+    return (
+        f"the generic path serves: {why}, so transformers' own code computes it, batched, with only attention on "
+        "Octavo's kernels; correct, but slower, and weights are kept unquantised"
+    )

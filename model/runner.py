@@ -38,6 +38,7 @@ from .memory import (
     longest_possible,
     plan_cache,
 )
+from .registry import PositionedCausalLM, family_note
 from .sampler import Sampler
 from .spec import ModelError
 from .weights.open import open_weights
@@ -82,9 +83,12 @@ class ModelRunner:
         self._device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, self._device)
         with self._phase("open", report):
-            source = source or open_weights(config.path, config.load_format)
-            check_weights(source)
+            source = source or open_weights(config.path, config.load_format, config.model_impl)
+            num_parameters = check_weights(source)
         self.spec = source.spec
+        family = family_note(self.spec)
+        if family is not None:
+            self.notes.append(family)
         with self._phase("load", report), torch.inference_mode():
             try:
                 self.backend = select_backend(config.kernel_backend, self._device, dtype, self.spec.head_dim)
@@ -95,7 +99,9 @@ class ModelRunner:
                 self.notes.append(note)
             self.weights = stored_weights(source)
             """Encoding and shape of each, in the order in which the family lists them."""
-            self.weight_bytes = self.backend.weight_bytes(self.weights)
+            self.weight_bytes = (
+                self.backend.weight_bytes(self.weights) if family is None else num_parameters * dtype.itemsize
+            )
             """As the backend keeps them."""
             with _needing_memory(f"the weights ({self.weight_bytes / 2**30:.2f} GiB)", _SMALLER_WEIGHTS):
                 self._model = load_model(source, self.backend, lambda share: report("load", share))
@@ -146,11 +152,16 @@ class ModelRunner:
             request = replace(request, step_bytes=self._measure_step(memory, request))
         plan = plan_cache(self.spec, request, self._device)
         self._set_up(plan.num_blocks, plan.max_model_len, request)
-        recording_backend = as_recording_backend(self.backend)
+        recording_backend = as_recording_backend(self.backend) if self._only_operators else None
         if recording_backend is not None:
             self._record(recording_backend, max_num_seqs, max_num_batched_tokens)
         self.phases["allocate_cache"] = time.perf_counter() - started
         return plan
+
+    @property
+    def _only_operators(self) -> bool:
+        """Whether a step is nothing but the backend's operators, so that it can be recorded or captured."""
+        return not isinstance(self._model, PositionedCausalLM)
 
     def _set_up(self, num_blocks: int, max_model_len: int, request: CacheRequest) -> None:
         """Allocate the pool and what goes with it."""
@@ -160,7 +171,7 @@ class ModelRunner:
         what = f"the rotations of {max_model_len} positions"
         with _needing_memory(what, "give a smaller max-model-len or kv-cache-memory"):
             self._model.prepare(max_model_len)
-        device_backend = as_device_backend(self.backend)
+        device_backend = as_device_backend(self.backend) if self._only_operators else None
         if device_backend is not None:
             self._decode = DecodeAhead(
                 self._model,
@@ -263,6 +274,8 @@ class ModelRunner:
             self.backend.plan_attention(batch.attention, group.attention, self.block_size)
             for group in self._model.layer_groups
         )
+        if isinstance(self._model, PositionedCausalLM):
+            self._model.place(batch.attention.positions)
         return self._step(batch.token_ids, plans, batch.logits_indices)
 
     def _compute(self, token_ids: torch.Tensor, plans: tuple[Any, ...], logits_indices: torch.Tensor) -> torch.Tensor:

@@ -101,6 +101,8 @@ class ModelSpec:
     logit_soft_cap: float = 0.0
     """After the scale. As `attention_soft_cap`."""
     experts: ExpertsSpec | None = None
+    transformers_config: str | None = None
+    """config.json of a model that transformers' own code computes (model/generic); None: a family here does."""
 
     def window(self, layer: int) -> int:
         return self.windows[layer] if self.windows else 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..model.config import Device, DType, LoadFormat, ModelConfig
+from ..model.config import Device, DType, LoadFormat, ModelConfig, ModelImpl
 from ..model.weights.resolve import resolve_model
 from ..scheduler.batch import TokenLogprobs
 from ..scheduler.config import CacheConfig, SchedulerConfig
@@ -88,6 +88,7 @@ class LLM:
         device: Device = "auto",
         dtype: DType = "auto",
         load_format: LoadFormat = "auto",
+        model_impl: ModelImpl = "auto",
         kernel_backend: str = "auto",
         max_model_len: int | None = None,
         block_size: int = 32,
@@ -108,6 +109,7 @@ class LLM:
                 model=ModelConfig(
                     path=str(files.path),
                     load_format=load_format,
+                    model_impl=model_impl,
                     dtype=dtype,
                     device=device,
                     max_model_len=max_model_len,

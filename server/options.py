@@ -128,6 +128,15 @@ OPTIONS: tuple[Option, ...] = (
         "auto: whatever the model's files are; dummy: random weights, for which config.json and a tokenizer are enough",
         "model",
     ),
+    Option(
+        "model_impl",
+        _choice("auto", "native", "generic"),
+        "auto",
+        "WHICH",
+        "native: a family of Octavo's own computes the model; generic: transformers' modelling code, slower, for any "
+        "decoder that it knows; auto: native where there is one",
+        "model",
+    ),
     Option("device", _choice("auto", "cpu", "cuda"), "auto", "DEVICE", "auto | cpu | cuda", "model"),
     Option(
         "dtype",
@@ -322,6 +331,7 @@ def server_config(values: Mapping[str, Any], *, model_path: str, model_name: str
             model=ModelConfig(
                 path=model_path,
                 load_format=values["load_format"],
+                model_impl=values["model_impl"],
                 dtype=values["dtype"],
                 device=values["device"],
                 max_model_len=values["max_model_len"],

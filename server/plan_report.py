@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ..model.memory import DEFAULT_BATCHED_TOKENS
 from ..model.plan import DtypePlan, Limit, ModelPlan
+from ..model.registry import family_note
 from ..model.sizes import size_text
 from .banner import capacity_lines
 from .engine.messages import EngineReady
@@ -45,7 +46,7 @@ def expected_ready(plan: ModelPlan, values: Mapping[str, Any]) -> EngineReady:
         device=str(request.device),
         backend=plan.backend_name,
         phases={},
-        notes=[*([plan.backend_note] if plan.backend_note else []), *plan.cache.notes],
+        notes=[*(note for note in (family_note(spec), plan.backend_note) if note), *plan.cache.notes],
     )
 
 
@@ -58,6 +59,8 @@ def serve_command(plan: ModelPlan, values: Mapping[str, Any]) -> list[str]:
     command += ["--device", request.device.type, "--dtype", plan.chosen.name]
     if request.kernel_backend != _DEFAULTS["kernel_backend"]:
         command += ["--kernel-backend", request.kernel_backend]
+    if values["model_impl"] != _DEFAULTS["model_impl"]:
+        command += ["--model-impl", values["model_impl"]]
     if values["enable_prefix_caching"] != _DEFAULTS["enable_prefix_caching"]:
         command.append("--enable-prefix-caching" if values["enable_prefix_caching"] else "--no-enable-prefix-caching")
     if request.block_size != _DEFAULTS["block_size"]:

@@ -155,10 +155,12 @@ def inspect_contents(files: ModelFiles) -> Contents:
     """Read all headers. Raises ModelError where a file is damaged, or is not all that its architecture needs."""
     architecture, refusal = _gguf_architecture(files.path) if files.kind == "gguf" else _hf_architecture(files.path)
     if refusal is None:
-        from ..model.registry import model_family
+        from ..model.registry import is_native
+        from ..model.weights.open import read_spec
 
         try:
-            model_family(architecture)
+            if not is_native(architecture):
+                read_spec(str(files.path))
         except ModelError as error:
             refusal = str(error)
     if refusal is not None:

@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 
-from ..registry import model_family
+from ..config import ModelImpl
+from ..registry import family_of
 from ..spec import ModelError, ModelSpec
-from .hf_spec import read_hf_spec
 from .layout import check_spec
+from .model_spec import read_model_spec
 
 _BLOCK_VALUES = 4194301
 """The largest prime below 2**22."""
@@ -88,7 +89,7 @@ class DummySource:
     def __init__(self, spec: ModelSpec, seed: int = 0) -> None:
         """Raises ModelError for an architecture that no family here implements."""
         self.spec = spec
-        self._shapes = dict(model_family(spec.architecture).parameters(spec))
+        self._shapes = dict(family_of(spec).parameters(spec))
         self._block = _Block(seed)
 
     def names(self) -> Collection[str]:
@@ -105,8 +106,8 @@ class DummySource:
         """As the sources of files have it; there is nothing to let go of."""
 
 
-def open_dummy(directory: Path) -> DummySource:
+def open_dummy(directory: Path, model_impl: ModelImpl = "auto") -> DummySource:
     """For a directory with config.json; weights that lie beside it are not looked at. Raises ModelError."""
-    spec = read_hf_spec(directory, None)
+    spec = read_model_spec(directory, None, model_impl)
     check_spec(spec, directory)
     return DummySource(spec)

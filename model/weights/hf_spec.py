@@ -48,7 +48,7 @@ def read_hf_spec(directory: Path, tensor_names: Collection[str] | None) -> Model
         output_bias=config.flag("attention_bias") or "model.layers.0.self_attn.o_proj.bias" in names,
         mlp_bias=config.flag("mlp_bias") or "model.layers.0.mlp.up_proj.bias" in names,
         eos_token_ids=read_eos_ids(directory, config.values),
-        bos_token_id=_first_id(config.values.get("bos_token_id")),
+        bos_token_id=first_id(config.values.get("bos_token_id")),
         activation=read_activation(config),
     )
     return _with_extended_positions(replace(common, **family.fields(config, head_dim)))
@@ -64,7 +64,7 @@ def read_eos_ids(directory: Path, config: dict[str, Any] | None = None) -> tuple
     return tuple(dict.fromkeys(ids))
 
 
-def _first_id(value: Any) -> int | None:
+def first_id(value: Any) -> int | None:
     value = value[0] if isinstance(value, list) and value else value
     return value if type(value) is int and value >= 0 else None
 

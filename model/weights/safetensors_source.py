@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from ...kernels.weights import StoredWeight
+from ..config import ModelImpl
 from ..spec import ModelError
 from .dequantize import FLOAT_DTYPES
-from .hf_spec import read_hf_spec
 from .jsonfile import read_json_object
 from .layout import check_shapes, check_spec
+from .model_spec import read_model_spec
 from .quantized_layout import open_quantized
 from .quantized_weight import typed_view
 from .safetensors_file import SafetensorsEntry, SafetensorsFile
@@ -24,7 +25,7 @@ INDEX = "model.safetensors.index.json"
 class SafetensorsSource:
     """An opened Hugging Face directory. See `WeightSource`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, model_impl: ModelImpl = "auto") -> None:
         self._directory = directory
         self._files: list[SafetensorsFile] = []
         self._entries: dict[str, tuple[SafetensorsEntry, int]] = {}
@@ -35,8 +36,10 @@ class SafetensorsSource:
             stored = {name: entry for name, (entry, _) in self._entries.items()}
             self._quantized = open_quantized(directory, stored, self._tensor)
             self._names = self._quantized.names(stored)
-            self.spec = read_hf_spec(directory, self._names)
+            self.spec = read_model_spec(directory, self._names, model_impl)
             check_spec(self.spec, directory)
+            if self.spec.transformers_config is not None:
+                return  # names and shapes are compared by `loader.check_weights`
             shapes = {name: entry.shape for name, entry in stored.items()} | self._quantized.shapes()
             check_shapes(self.spec, ((name, shapes[name]) for name in self._names), directory)
         except BaseException:
@@ -120,6 +123,6 @@ def _indexed_files(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(names)]
 
 
-def open_safetensors(directory: Path) -> SafetensorsSource:
+def open_safetensors(directory: Path, model_impl: ModelImpl = "auto") -> SafetensorsSource:
     """Open a directory with config.json and safetensors; reads and checks headers only. Raises ModelError."""
-    return SafetensorsSource(directory)
+    return SafetensorsSource(directory, model_impl)

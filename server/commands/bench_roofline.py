@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(request: _Request) -> None:
     from ...model.registry import model_family
+    from ...model.spec import ModelError
     from ...model.weights.open import read_spec
     from ...model.weights.resolve import resolve_model
     from ..bench.ceilings import measure_ceilings
@@ -80,6 +81,11 @@ def _run(request: _Request) -> None:
 
     files = resolve_model(request.engine["model"])
     spec = read_spec(str(files.path))
+    if spec.transformers_config is not None:
+        raise ModelError(
+            f"{files.name}: {spec.architecture} has no native family, and a roofline counts what a family's operators "
+            "read; measure another model"
+        )
     _check_positions(request.shapes, spec)
     bench = StepBench(model_config(request.engine, str(files.path)), request.engine["block_size"], request.shapes)
     backend = bench.runner.backend

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _SERVER_OPTIONS = (
     "device",
+    "model_impl",
     "dtype",
     "block_size",
     "kv_cache_memory",
@@ -95,7 +96,7 @@ def _plan(
     from ..plan_report import print_json, print_report
 
     request, notes = plan_request(values, memory, context, concurrency)
-    plan = plan_model(read_header(values["model"]), request)
+    plan = plan_model(read_header(values["model"], values["model_impl"]), request)
     show = print_json if as_json else print_report
     show(plan, values, notes)
     return 0 if plan.header.refusal is None else 1

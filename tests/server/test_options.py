@@ -33,6 +33,7 @@ def test_every_option_can_come_from_every_source(tmp_path: Path) -> None:
         "block_size": "16",
         "kernel_backend": "reference",
         "load_format": "dummy",
+        "model_impl": "generic",
     }
     examples |= {
         "generation_config": "none",
@@ -58,7 +59,7 @@ def test_every_option_reaches_the_configuration() -> None:
     changed = {"device": "cpu", "dtype": "float32", "block_size": 16, "kernel_backend": "reference", "model": "m"}
     changed |= {"generation_config": "none", "log_level": "debug", "enable_prefix_caching": False}
     changed |= {"allow_anonymous": True, "host": "127.0.0.2", "metrics_prefix": "x:", "api_key": ("k",)}
-    changed |= {"served_model_name": ("s",), "load_format": "dummy"}
+    changed |= {"served_model_name": ("s",), "load_format": "dummy", "model_impl": "generic"}
     base = resolve()
     plain = server_config(base, model_path="p", model_name="n")
     for option in OPTIONS:

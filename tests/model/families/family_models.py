@@ -41,6 +41,7 @@ def longrope(dims: int, **more: Any) -> dict[str, Any]:
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": 24, "head_dim": 16}),
     "mistral without window": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
@@ -95,13 +96,18 @@ def save_family(case: str, directory: Path, **changes: Any) -> Family:
     """Norms and biases are drawn too, so that none of them can be left out unnoticed."""
     name, settings = CASES[case]
     config = getattr(transformers, f"{name}Config")(**{**COMMON, **settings, **changes})
+    return save_model(getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM"), config, directory)
+
+
+def save_model(model_class: Any, config: Any, directory: Path) -> Family:
+    """A seeded model of transformers; norms and biases are drawn too."""
     torch.manual_seed(0)
-    oracle = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).eval()
+    oracle = model_class(config).eval()
     with torch.no_grad():
         for parameter_name, parameter in oracle.named_parameters():
             if parameter_name.endswith("bias"):
                 parameter.normal_(std=0.5)
-            elif "norm" in parameter_name:
+            elif "norm" in parameter_name or ".ln_" in parameter_name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             elif "gate.weight" in parameter_name:
                 parameter.normal_(std=0.3)
@@ -150,17 +156,18 @@ class Engine:
 def open_engine(
     path: Path,
     *,
-    backend: str = "reference",
     dtype: str = "float32",
     block_size: int = 16,
     budget: int = 48,
     max_model_len: int | None = None,
+    kv_cache_memory: int = 2**24,
+    **model: Any,
 ) -> Engine:
-    model = ModelConfig(path=str(path), dtype=dtype, device="cpu", kernel_backend=backend, max_model_len=max_model_len)  # type: ignore[arg-type]
+    """`model`: further settings of the model."""
     core, ready = build_engine(
         EngineConfig(
-            model=model,
-            cache=CacheConfig(block_size=block_size, kv_cache_memory=2**24, enable_prefix_caching=True),
+            model=ModelConfig(path=str(path), dtype=dtype, device="cpu", max_model_len=max_model_len, **model),  # type: ignore[arg-type]
+            cache=CacheConfig(block_size=block_size, kv_cache_memory=kv_cache_memory, enable_prefix_caching=True),
             scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=budget),
         )
     )

@@ -3,6 +3,7 @@ cache, and contexts longer than the windows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,11 @@ backends = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", 
 
 @backends
 @pytest.mark.parametrize("case", [case for case in CASES if case not in LONGROPE])
-def test_greedy_answers_equal_transformers(tmp_path: Path, case: str, backend: str) -> None:
+def test_greedy_answers_equal_transformers(
+    tmp_path: Path, case: str, backend: str, proves: Callable[..., None]
+) -> None:
     family = save_family(case, tmp_path)
-    engine = open_engine(tmp_path, backend=backend)
+    engine = open_engine(tmp_path, kernel_backend=backend)
     assert engine.notes == []  # a step of any family can be recorded
     asked = prompts(LENGTHS)
     assert_answers_equal(family, asked, engine.answer(asked, NUM_OUTPUT_TOKENS))
@@ -30,6 +33,8 @@ def test_greedy_answers_equal_transformers(tmp_path: Path, case: str, backend: s
     again = engine.answer(longer, NUM_OUTPUT_TOKENS, seed=1)
     assert_answers_equal(family, longer, again)
     assert any(answer.num_cached > 0 for answer in again)
+    ready = engine.client.ready
+    proves(architecture=ready.architecture, path="native", weights="safetensors", backend=ready.backend.split()[0])
 
 
 @backends
@@ -41,7 +46,7 @@ def test_the_longest_context_decides_between_the_two_rotations_of_longrope(
     """transformers looks at each sequence; for sequences on the same side of the edge the two agree."""
     family = save_family(case, tmp_path)
     asked = prompts(lengths)
-    engine = open_engine(tmp_path, backend=backend, max_model_len=max_model_len)
+    engine = open_engine(tmp_path, kernel_backend=backend, max_model_len=max_model_len)
     answers = engine.answer(asked, NUM_OUTPUT_TOKENS)
     assert_answers_equal(family, asked, answers)
 
@@ -53,7 +58,7 @@ def test_bfloat16_stays_close_to_transformers(tmp_path: Path, case: str, backend
     saved = save_family(case, tmp_path, initializer_range=0.05)
     family = Family(saved.oracle.to(torch.bfloat16), tmp_path)
     (prompt,) = prompts([70])
-    (answer,) = open_engine(tmp_path, backend=backend, dtype="bfloat16").answer([prompt], 4)
+    (answer,) = open_engine(tmp_path, kernel_backend=backend, dtype="bfloat16").answer([prompt], 4)
     expected = family.logits([*prompt, *answer.token_ids])[len(prompt) - 1 : -1].softmax(-1)
     for row, found in zip(expected, answer.logprobs, strict=True):
         ids = list(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +59,24 @@ def test_a_gguf_file_and_the_safetensors_it_was_made_of_agree(tmp_path: Path, ca
         assert value == expected, field
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen3 moe", "gemma2", "gemma3", "phi4 mini", "granite", "olmo2"])
-def test_answers_from_a_gguf_file_equal_transformers(tmp_path: Path, case: str) -> None:
+@pytest.mark.parametrize("case", GGUF_CASES)
+def test_answers_from_a_gguf_file_equal_transformers(tmp_path: Path, case: str, proves: Callable[..., None]) -> None:
     changes = dict(CHANGES.get(case, {}))
     if case.startswith("gemma"):
         changes["query_pre_attn_scalar"] = 32  # llama.cpp has the head's size built in
     family = save_family(case, tmp_path / "hf", **changes)
     path = export_gguf(family.oracle, tmp_path / "m.gguf")
     asked = prompts((70, 90, 66))
-    assert_answers_equal(family, asked, open_engine(path).answer(asked, 8))
+    engine = open_engine(path)
+    assert_answers_equal(family, asked, engine.answer(asked, 8))
+    ready = engine.client.ready
+    proves(architecture=ready.architecture, path="native", weights="GGUF", backend=ready.backend.split()[0])
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=no_native)])
-def test_quantised_experts_are_cut_out_of_their_tensor(tmp_path: Path, backend: str) -> None:
+def test_quantised_experts_are_cut_out_of_their_tensor(
+    tmp_path: Path, backend: str, proves: Callable[..., None]
+) -> None:
     family = save_family("mixtral", tmp_path / "hf", sliding_window=None, hidden_size=64, intermediate_size=96)
     path = export_gguf(family.oracle, tmp_path / "m.gguf", GGMLQuantizationType.Q8_0)
     source = open_gguf(path)
@@ -93,7 +99,10 @@ def test_quantised_experts_are_cut_out_of_their_tensor(tmp_path: Path, backend: 
             else:
                 parameter.copy_(state[name.replace("mlp.gate", "block_sparse_moe.gate")].dequantize(torch.float32))
     asked = prompts((40, 20))
-    assert_answers_equal(Family(family.oracle, path), asked, open_engine(path, backend=backend).answer(asked, 8))
+    engine = open_engine(path, kernel_backend=backend)
+    assert_answers_equal(Family(family.oracle, path), asked, engine.answer(asked, 8))
+    ready = engine.client.ready
+    proves(architecture=ready.architecture, path="native", weights="GGUF Q8_0", backend=ready.backend.split()[0])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +137,12 @@ def test_weights_come_back_as_they_were_packed(case: tuple[Checkpoint, str]) -> 
             assert torch.equal(weight.dequantize(dtype), expected.to(dtype)), name
 
 
-def test_the_model_computes_what_its_dequantised_weights_do(case: tuple[Checkpoint, str]) -> None:
+def test_the_model_computes_what_its_dequantised_weights_do(
+    case: tuple[Checkpoint, str], proves: Callable[..., None]
+) -> None:
     from transformers import LlamaForCausalLM
 
-    checkpoint, _ = case
+    checkpoint, encoding = case
     oracle = LlamaForCausalLM(llama_config()).eval()
     oracle.load_state_dict(checkpoint.state)
     prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6, 4, 3, 3, 8]]
@@ -154,7 +157,12 @@ def test_the_model_computes_what_its_dequantised_weights_do(case: tuple[Checkpoi
     ]
     logits = runner.forward_logits(ScheduledBatch(rows, 0))
     torch.testing.assert_close(logits.float(), expected, rtol=1e-3, atol=1e-3)
-    assert runner.weight_bytes == 4 * checkpoint.num_parameters
+    assert sum(math.prod(shape) for _, shape in runner.weights) == checkpoint.num_parameters
+    assert runner.weight_bytes == runner.backend.weight_bytes([("F32", shape) for _, shape in runner.weights])
+    proves(
+        architecture="LlamaForCausalLM", path="native", weights=f"safetensors {encoding.split()[0]}",
+        backend=runner.backend.name,
+    )  # fmt: skip
 
 
 def test_a_plan_counts_the_dequantised_weights(case: tuple[Checkpoint, str]) -> None:

@@ -132,11 +132,12 @@ def test_a_model_that_is_not_served_gets_numbers_but_no_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 99}
-    config = LLAMA_8B | small | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64}
+    config = LLAMA_8B | small | {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "sliding_window": 64}
+    config |= {"num_local_experts": 4, "head_dim": 64}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert main(["plan", str(tmp_path), *ON_CUDA]) == 1  # what `octavo serve` would end with
     text = capsys.readouterr().out
-    assert "this release does not serve MistralForCausalLM yet" in text
+    assert "this release does not serve GptOssForCausalLM yet" in text
     assert "window of 64" in text
     assert "octavo serve" not in text
     assert as_json(capsys, str(tmp_path), *ON_CUDA, status=1)["server"]["command"] is None
@@ -177,7 +178,7 @@ def test_mistakes_are_one_line_and_a_status(
 def test_an_interrupt_ends_without_a_traceback(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import octavo.model.header as header
 
-    def interrupted(name: str | None) -> None:
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(header, "read_header", interrupted)
