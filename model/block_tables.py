@@ -15,38 +15,63 @@ _Ints = npt.NDArray[np.int64]
 
 @dataclass(slots=True)
 class _Entry:
+    slot: int
+    """Its row of the array."""
     ids: list[int]
     """The scheduler's table as it was when last seen. It holds the same int objects, so comparing is a pointer each."""
-    array: _Ints  # [len(ids)], the same
 
 
 class BlockTables:
     """The block tables of live sequences. What is kept is compared with the scheduler's live view at every use, so that
     it can be old but never wrong."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: int = 0) -> None:
+        """Of one layer group."""
+        self._group = group
         self._entries: dict[str, _Entry] = {}
+        self._free_slots: list[int] = []
+        self._array: _Ints = np.zeros((0, 0), np.int64)
+        """Each slot's table, and anything behind it. [capacity, width]"""
 
     def drop(self, seq_ids: Iterable[str]) -> None:
         """Forget sequences that ended; unknown ids are ignored."""
         for seq_id in seq_ids:
-            self._entries.pop(seq_id, None)
+            entry = self._entries.pop(seq_id, None)
+            if entry is not None:
+                self._free_slots.append(entry.slot)
 
-    def gather(self, rows: Sequence[ScheduledRow], counts: Sequence[int]) -> _Ints:
+    def gather(self, rows: Sequence[ScheduledRow], counts: _Ints) -> _Ints:
         """The first `counts[r]` blocks of each row, block 0 behind them. [num_rows, max(counts)]"""
-        tables = np.zeros((len(rows), max(counts)), np.int64)
-        for table, row, count in zip(tables, rows, counts, strict=True):
-            table[:count] = self._current(row.seq_id, row.block_ids[0])[:count]
+        slots = []
+        for row in rows:
+            ids = row.block_ids[self._group]
+            entry = self._entries.get(row.seq_id)
+            if entry is None or entry.ids != ids:
+                entry = self._note(row.seq_id, entry, ids)
+            slots.append(entry.slot)
+        width = int(counts.max())
+        tables = self._array[:, :width][slots]  # a copy
+        tables *= np.arange(width) < counts[:, None]
         return tables
 
-    def _current(self, seq_id: str, ids: Sequence[int]) -> _Ints:
-        entry = self._entries.get(seq_id)
-        if entry is not None and ids == entry.ids:
-            return entry.array
-        known = 0 if entry is None else len(entry.ids)
-        if entry is None or ids[:known] != entry.ids:
-            entry = self._entries[seq_id] = _Entry(list(ids), np.array(ids, np.int64))
-        else:
-            entry.ids.extend(ids[known:])
-            entry.array = np.concatenate((entry.array, np.array(ids[known:], np.int64)))
-        return entry.array
+    def _note(self, seq_id: str, entry: _Entry | None, ids: Sequence[int]) -> _Entry:
+        """A table that is new, or has changed."""
+        if entry is None:
+            if not self._free_slots:
+                self._reserve(2 * len(self._array) + 8, self._array.shape[1])
+            entry = self._entries[seq_id] = _Entry(self._free_slots.pop(), [])
+        known = len(entry.ids)
+        if ids[:known] != entry.ids:
+            known = 0
+        if len(ids) > self._array.shape[1]:
+            self._reserve(len(self._array), 2 * len(ids))
+        self._array[entry.slot, known : len(ids)] = ids[known:]
+        entry.ids[known:] = ids[known:]
+        return entry
+
+    def _reserve(self, capacity: int, width: int) -> None:
+        """Make the array larger; by doubling, so that it is rare."""
+        old = self._array
+        self._free_slots.extend(range(len(old), capacity))
+        self._array = np.zeros((capacity, width), np.int64)
+        self._array[: old.shape[0], : old.shape[1]] = old

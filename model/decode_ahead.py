@@ -11,7 +11,7 @@ from ..kernels.backend import DeviceBackend
 from ..scheduler.batch import ScheduledBatch, ScheduledRow
 from .cuda_graph import DecodeGraphs
 from .decode_step import NO_SOURCE, DecodeStep
-from .device import to_device
+from .device import ids_to_device, to_device
 from .device_slots import DeviceSlots
 from .drawn import Drawn
 from .registry import CausalLM
@@ -28,21 +28,27 @@ class DecodeAhead:
         model: CausalLM,
         backend: DeviceBackend,
         sampler: Sampler,
-        kv_pool: torch.Tensor,
+        kv_layers: Sequence[torch.Tensor],
         *,
         max_num_seqs: int,
         max_model_len: int,
         vocab_size: int,
     ) -> None:
-        block_size = kv_pool.shape[4]
+        block_size = kv_layers[0].shape[3]
         self._sampler = sampler
         self._max_rows = min(max_num_seqs, MAX_GRAPH_ROWS)
         # One more than sequences: the probe after a failure brings one of its own.
-        self._slots = DeviceSlots(max_num_seqs + 1, -(-max_model_len // block_size), block_size, kv_pool.device)
+        self._slots = DeviceSlots(
+            max_num_seqs + 1,
+            -(-max_model_len // block_size),
+            block_size,
+            kv_layers[0].device,
+            num_groups=len(model.layer_groups),
+        )
         step = DecodeStep(
             model,
             backend,
-            kv_pool,
+            kv_layers,
             self._slots,
             max_rows=max_num_seqs,
             max_model_len=max_model_len,
@@ -59,20 +65,38 @@ class DecodeAhead:
     def takes(self, batch: ScheduledBatch) -> bool:
         """Whether all of a batch is one token per row, each at its sequence's end."""
         rows = batch.rows
-        return batch.num_decode_rows == len(rows) <= self._max_rows and all(row.draws_token for row in rows)
+        if not batch.num_decode_rows == len(rows) <= self._max_rows:
+            return False
+        # A row draws if nothing is left to compute of its sequence after it.
+        return max([len(row.token_ids) + row.num_unknown_tokens - row.num_computed_tokens for row in rows]) == 1
 
     def launch(self, rows: Sequence[ScheduledRow]) -> Drawn:
         """Queue a step of decodes; `rows` as `takes` wants them."""
         sources = [self._places[row.seq_id] if row.num_unknown_tokens else NO_SOURCE for row in rows]
-        shape = self._graphs.shape(len(rows), max(row.num_tokens for row in rows))
+        shape = self._graphs.shape(len(rows), max([row.num_computed_tokens for row in rows]) + 1)
         self._graphs.step.load(rows, sources, shape)
         self._graphs.run(shape)
-        if any(self._sampler.asks_for_more(row) for row in rows):
-            drawn = self._sampler.sample(self._graphs.step.logits(len(rows)), rows)
-            self.keep(drawn)
-            return drawn
         self._places = {row.seq_id: index for index, row in enumerate(rows)}
-        return self._sampler.start(self._drawn[: len(rows)], rows)
+        asking = self._asking(rows)
+        if not asking:
+            return self._sampler.start(self._drawn[: len(rows)], rows)
+        redrawn = self._redraw(rows, asking)
+        return self._sampler.start(self._drawn[: len(rows)], rows).with_logprobs_of(redrawn, asking)
+
+    def _asking(self, rows: Sequence[ScheduledRow]) -> list[int]:
+        """The rows for which the captured step's draw is not all, or not right."""
+        editing = self._slots.editing
+        if not editing:
+            return []
+        return [index for index, row in enumerate(rows) if row.seq_id in editing and self._sampler.asks_for_more(row)]
+
+    def _redraw(self, rows: Sequence[ScheduledRow], indices: Sequence[int]) -> Drawn:
+        """Draw these rows' tokens once more, as they ask for it, and leave them in the place of the first ones."""
+        where = ids_to_device(indices, self._drawn.device)
+        logits = self._graphs.step.logits(len(rows)).index_select(0, where)
+        redrawn = self._sampler.sample(logits, [rows[index] for index in indices])
+        self._drawn.index_copy_(0, where, redrawn.ids)
+        return redrawn
 
     def keep(self, drawn: Drawn) -> None:
         """Leave the tokens of any step where the next one looks for them."""

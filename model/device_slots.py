@@ -22,27 +22,33 @@ _MASK64 = 2**64 - 1
 @dataclass(slots=True)
 class _Entry:
     slot: int
-    params: object
-    seed: int
-    view: Sequence[int] = ()
-    """The scheduler's live table. A sequence that comes back after a preemption has another."""
-    sent: list[int] = field(default_factory=list)
-    """That table as the device knows it."""
+    views: tuple[Sequence[int], ...]
+    """The scheduler's live tables. A sequence that comes back after a preemption has others, and so has another
+    sequence under the same id: whoever has these has these parameters too."""
+    sent: tuple[list[int], ...]
+    """Those tables as the device knows them."""
     num_written_blocks: int = 0
     """Leading blocks that are never written again, and therefore never replaced, as of the last look."""
+    newest_blocks: list[int] = field(default_factory=list)
+    """Those behind them, one of each table. Empty: there was no look yet."""
 
 
 class DeviceSlots:
     """Slots 0 … num_slots - 1, and one more that is nobody's: padded rows of a captured step stand there."""
 
-    def __init__(self, num_slots: int, max_blocks: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, max_blocks: int, block_size: int, device: torch.device, num_groups: int = 1
+    ) -> None:
+        """A table of `max_blocks` blocks for each slot and layer group."""
         self._device = device
         self._entries: dict[str, _Entry] = {}
         self._free = list(range(num_slots - 1, -1, -1))
+        self.editing: set[str] = set()
+        """Those of them that do not, or not always, draw from the model's logits as they are."""
         self._max_blocks = max_blocks
         self._block_size = block_size
         self.padding_slot = num_slots
-        self.block_tables = torch.zeros((num_slots + 1, max_blocks), dtype=torch.int32, device=device)
+        self.block_tables = torch.zeros((num_groups, num_slots + 1, max_blocks), dtype=torch.int32, device=device)
         self.temperatures = torch.zeros(num_slots + 1, dtype=torch.float32, device=device)
         self.top_ps = torch.ones(num_slots + 1, dtype=torch.float32, device=device)
         self.min_ps = torch.zeros(num_slots + 1, dtype=torch.float32, device=device)
@@ -55,70 +61,73 @@ class DeviceSlots:
             entry = self._entries.pop(seq_id, None)
             if entry is not None:
                 self._free.append(entry.slot)
+                self.editing.discard(seq_id)
 
     def update(self, rows: Sequence[ScheduledRow]) -> npt.NDArray[np.int64]:
         """Bring the device up to date for these rows; their slots. [num_rows]"""
         fresh: list[tuple[int, ScheduledRow]] = []
         places: list[int] = []
         blocks: list[int] = []
-        slots = np.empty(len(rows), np.int64)
-        self._make_room(rows)
-        for index, row in enumerate(rows):
-            entry = self._entry(row, fresh)
-            slots[index] = entry.slot
-            self._note_changes(entry, row, places, blocks)
+        slots: list[int] = []
+        for row in rows:
+            entry = self._entries.get(row.seq_id)
+            if entry is None or entry.views[0] is not row.block_ids[0]:
+                entry = self._enter(row, rows)
+                fresh.append((entry.slot, row))
+            written = row.num_computed_tokens // self._block_size
+            # Most rows write where they wrote in the step before.
+            newest = [ids[written] for ids in row.block_ids]
+            if written != entry.num_written_blocks or newest != entry.newest_blocks:
+                self._note_changes(entry, written, places, blocks)
+            slots.append(entry.slot)
         if places:
             where, values = to_device(np.array((places, blocks), np.int64), self._device)
             self.block_tables.view(-1).index_copy_(0, where, values.to(torch.int32))
         if fresh:
             self._write_parameters(fresh)
-        return slots
+        return np.array(slots, np.int64)
+
+    def _enter(self, row: ScheduledRow, rows: Sequence[ScheduledRow]) -> _Entry:
+        """A slot for one of the rows, of which nothing is known: its own if it has one."""
+        known = self._entries.get(row.seq_id)
+        if known is None and not self._free:
+            self._make_room(rows)
+        slot = self._free.pop() if known is None else known.slot
+        entry = self._entries[row.seq_id] = _Entry(slot, row.block_ids, tuple([] for _ in row.block_ids))
+        if row.params.may_edit_logits:
+            self.editing.add(row.seq_id)
+        else:
+            self.editing.discard(row.seq_id)
+        return entry
 
     def _make_room(self, rows: Sequence[ScheduledRow]) -> None:
         """Free slots for rows that have none: those of sequences that do not run in this step (preempted ones, say)
-        are taken, and sent anew when they are back."""
-        num_missing = sum(row.seq_id not in self._entries for row in rows) - len(self._free)
-        if num_missing <= 0:
-            return
+        are taken, and sent anew when they are back. A step has no more rows than there are slots."""
         present = {row.seq_id for row in rows}
+        num_missing = len(present - self._entries.keys())
         absent = [seq_id for seq_id in self._entries if seq_id not in present]
         self.drop(absent[:num_missing])
 
-    def _note_changes(self, entry: _Entry, row: ScheduledRow, places: list[int], blocks: list[int]) -> None:
-        """Append what the device does not know of a row's table yet. Costs the same however long the table is.
+    def _note_changes(self, entry: _Entry, written: int, places: list[int], blocks: list[int]) -> None:
+        """Append what the device does not know of a row's tables yet, whose first `written` blocks are full. Costs the
+        same however long they are.
 
-        While a table lives it grows at its end, and copy-on-write replaces the block of the first written token; no
-        other entry ever changes.
+        While a table lives it grows at its end, copy-on-write replaces the block of the first written token, and block
+        0 takes the place of those that a window has passed, which nobody reads; no other entry ever changes.
         """
-        ids, sent = row.block_ids[0], entry.sent
-        if entry.view is not ids:
-            entry.view = ids
-            sent.clear()
-            entry.num_written_blocks = 0
-        first_place = entry.slot * self._max_blocks
-        written = row.num_computed_tokens // self._block_size
-        # Steps that do not come by here replace blocks too: look at all that were written since the last time.
-        for index in range(entry.num_written_blocks, min(written + 1, len(sent))):
-            if sent[index] != ids[index]:
-                sent[index] = ids[index]
-                places.append(first_place + index)
-                blocks.append(ids[index])
-        entry.num_written_blocks = written
-        if len(sent) < len(ids):
-            places.extend(range(first_place + len(sent), first_place + len(ids)))
-            blocks.extend(ids[len(sent) :])
-            sent.extend(ids[len(sent) :])
-
-    def _entry(self, row: ScheduledRow, fresh: list[tuple[int, ScheduledRow]]) -> _Entry:
-        entry = self._entries.get(row.seq_id)
-        if entry is not None and entry.params is row.params and entry.seed == row.seed:
-            return entry
-        # Another sequence under the same id has parameters of its own.
-        # A step has no more rows than there are slots: `_make_room` has seen to it.
-        slot = self._free.pop() if entry is None else entry.slot
-        entry = self._entries[row.seq_id] = _Entry(slot, row.params, row.seed)
-        fresh.append((slot, row))
-        return entry
+        for group, (ids, sent) in enumerate(zip(entry.views, entry.sent, strict=True)):
+            first_place = (group * self.block_tables.shape[1] + entry.slot) * self._max_blocks
+            # Steps that do not come by here replace blocks too: look at all that were written since the last time.
+            for index in range(entry.num_written_blocks, min(written + 1, len(sent))):
+                if sent[index] != ids[index]:
+                    sent[index] = ids[index]
+                    places.append(first_place + index)
+                    blocks.append(ids[index])
+            if len(sent) < len(ids):
+                places.extend(range(first_place + len(sent), first_place + len(ids)))
+                blocks.extend(ids[len(sent) :])
+                sent.extend(ids[len(sent) :])
+        entry.num_written_blocks, entry.newest_blocks = written, [ids[written] for ids in entry.views]
 
     def _write_parameters(self, fresh: Sequence[tuple[int, ScheduledRow]]) -> None:
         params = [row.params for _, row in fresh]

@@ -42,12 +42,21 @@ class Drawn:
             logprobs = TopLogprobs(logprobs.wanted, _to_pinned(logprobs.token_ids), _to_pinned(logprobs.values))
         return cls(seq_ids, ids, host_ids, logprobs)
 
+    def with_logprobs_of(self, part: Drawn, indices: Sequence[int]) -> Drawn:
+        """This step with the log probabilities of rows `indices`, which were drawn as a batch of their own."""
+        if (found := part._logprobs) is not None:
+            wanted = {indices[row]: count for row, count in found.wanted.items()}
+            self._logprobs = TopLogprobs(wanted, found.token_ids, found.values)
+        return self
+
     def rows(self) -> list[SampledRow]:
         """Call when the step has ended. Raises FloatingPointError if any row's logits held NaN."""
         tokens: list[int] = self._host_ids.tolist()
         if NAN_ROW in tokens:
             raise FloatingPointError("the model produced NaN logits")
-        logprobs = {} if self._logprobs is None else _by_row(self._logprobs)
+        if self._logprobs is None:
+            return list(map(SampledRow, self.seq_ids, [[token] for token in tokens]))
+        logprobs = _by_row(self._logprobs)
         return [
             SampledRow(seq_id, [token], [logprobs[index]] if index in logprobs else None)
             for index, (seq_id, token) in enumerate(zip(self.seq_ids, tokens, strict=True))

@@ -12,6 +12,7 @@ import torch
 
 from ..kernels.backend import AttentionSpec, KernelBackend
 from ..kernels.weights import StoredWeight
+from .layer_groups import attention_spec
 from .spec import ModelSpec
 from .weights.source import WeightSource
 
@@ -96,15 +97,6 @@ class Embedding:
         return self._backend.logits(hidden, self._packed)
 
 
-def attention_spec(spec: ModelSpec) -> AttentionSpec:
-    return AttentionSpec(
-        num_heads=spec.num_attention_heads,
-        num_kv_heads=spec.num_key_value_heads,
-        head_dim=spec.head_dim,
-        scale=spec.head_dim**-0.5,
-    )
-
-
 def attention_parameters(spec: ModelSpec, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a `self_attn` of q, k, v and o projections."""
     q_size, kv_size = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
@@ -135,10 +127,12 @@ def load_linear(
     return Linear(backend, weights, biases)
 
 
-def load_attention(backend: KernelBackend, source: WeightSource, spec: ModelSpec, prefix: str) -> Attention:
+def load_attention(
+    backend: KernelBackend, source: WeightSource, spec: ModelSpec, prefix: str, window: int = 0
+) -> Attention:
     return Attention(
         backend,
-        attention_spec(spec),
+        attention_spec(spec, window),
         qkv=load_linear(backend, source, prefix, ("q_proj", "k_proj", "v_proj"), bias=spec.attention_bias),
         output=load_linear(backend, source, prefix, ("o_proj",), bias=spec.attention_bias),
     )

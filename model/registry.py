@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from ..kernels.backend import AttentionSpec, KernelBackend
+from ..kernels.backend import KernelBackend
+from .layer_groups import LayerGroup
 from .llama import LlamaForCausalLM
 from .spec import ModelError, ModelSpec
 from .text import one_line
@@ -17,19 +18,20 @@ from .weights.source import WeightSource
 class CausalLM(Protocol):
     """A loaded model."""
 
-    attention_spec: AttentionSpec
-    """What its attention layers have in common."""
+    layer_groups: tuple[LayerGroup, ...]
+    """Layers that attend to everything first, then those with a window; each layer is in one group."""
 
     def prepare(self, max_positions: int) -> None:
         """Build what depends on how long a sequence may be. Without it, the first forward pass prepares for as many
         positions as the model was trained for."""
         ...
 
-    def forward(self, token_ids: torch.Tensor, plan: Any, kv_pool: torch.Tensor) -> torch.Tensor:
-        """All layers over all tokens of a step; K/V go to the pool.
+    def forward(self, token_ids: torch.Tensor, plans: Sequence[Any], kv_layers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """All layers over all tokens of a step; K/V go to the pools.
 
-        token_ids int64 [num_tokens]; plan: the backend's, for these tokens; kv_pool [num_layers, num_blocks, 2,
-        num_kv_heads, block_size, head_dim] → the residual stream [num_tokens, hidden], not yet normalised.
+        token_ids int64 [num_tokens]; plans[g]: the backend's for group g and these tokens; kv_layers[i]: layer i of its
+        group's pool, [num_blocks, 2, num_kv_heads, block_size, head_dim] → the residual stream [num_tokens, hidden],
+        not yet normalised.
         """
         ...
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.backend import RecordingBackend, StepFunction
+from ..kernels.backend import RecordingBackend
 from ..kernels.select import as_device_backend, as_drawing_backend, as_recording_backend, select_backend
 from ..scheduler.batch import BlockCopy, ScheduledBatch, StepResult
 from .block_tables import BlockTables
@@ -20,7 +20,7 @@ from .decode_ahead import DecodeAhead
 from .device import resolve_device, resolve_dtype
 from .drawn import Drawn
 from .forward_batch import ForwardBatch, build_forward_batch
-from .kv_cache import allocate_pool
+from .kv_cache import allocate_pools, layers_of
 from .loader import check_weights, load_model
 from .memory import DEFAULT_BATCHED_TOKENS, CachePlan, cache_request, is_out_of_memory, plan_cache
 from .sampler import Sampler
@@ -80,9 +80,10 @@ class ModelRunner:
             with _needing_memory(f"the weights ({self.weight_bytes / 2**30:.2f} GiB)", _SMALLER_WEIGHTS):
                 self._model = load_model(source, self.backend, lambda share: report("load", share))
                 self._sampler = Sampler(self.spec.vocab_size, self._device, as_drawing_backend(self.backend))
-        self._block_tables = BlockTables()
-        self._kv_pool: torch.Tensor | None = None
-        self._step: StepFunction = self._compute
+        self._block_tables = [BlockTables(group) for group in range(len(self._model.layer_groups))]
+        self._kv_pools: tuple[torch.Tensor, ...] = ()
+        self._kv_layers: list[torch.Tensor] = []
+        self._step: Callable[[torch.Tensor, Sequence[Any], torch.Tensor], torch.Tensor] = self._compute
         self._decode: DecodeAhead | None = None
 
     @contextmanager
@@ -119,7 +120,8 @@ class ModelRunner:
         plan = plan_cache(self.spec, request, self._device)
         what = f"the KV cache ({plan.kv_cache_bytes / 2**30:.2f} GiB)"
         with _needing_memory(what, "give a smaller kv-cache-memory, or free some memory"):
-            self._kv_pool = allocate_pool(self.spec, plan.num_blocks, self.block_size, self.backend.dtype, self._device)
+            self._kv_pools = allocate_pools(self.spec, plan, self.block_size, self.backend.dtype, self._device)
+            self._kv_layers = layers_of(self.spec, self._kv_pools)
         what = f"the rotations of {plan.max_model_len} positions"
         with _needing_memory(what, "give a smaller max-model-len or kv-cache-memory"):
             self._model.prepare(plan.max_model_len)
@@ -132,7 +134,7 @@ class ModelRunner:
                 self._model,
                 device_backend,
                 self._sampler,
-                self._kv_pool,
+                self._kv_layers,
                 max_num_seqs=max_num_seqs,
                 max_model_len=plan.max_model_len,
                 vocab_size=self.spec.vocab_size,
@@ -141,22 +143,39 @@ class ModelRunner:
         return plan
 
     @property
-    def kv_pool(self) -> torch.Tensor:
-        """[num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]."""
-        if self._kv_pool is None:
+    def num_groups(self) -> int:
+        """Layer groups: a row of a batch brings a block table for each."""
+        return len(self._model.layer_groups)
+
+    @property
+    def kv_pools(self) -> tuple[torch.Tensor, ...]:
+        """For each layer group [layers of the group, num_blocks, 2, num_kv_heads, block_size, head_dim]."""
+        self._require_cache()
+        return self._kv_pools
+
+    @property
+    def kv_layers(self) -> list[torch.Tensor]:
+        """Each layer's part of its pool, [num_blocks, 2, num_kv_heads, block_size, head_dim]."""
+        self._require_cache()
+        return self._kv_layers
+
+    def _require_cache(self) -> None:
+        if not self._kv_pools:
             raise RuntimeError("allocate_cache must be called before the first batch")
-        return self._kv_pool
 
     @torch.inference_mode()
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
-        """Copy blocks of all layers. `execute` does not look at `batch.block_copies`: copy before it, and once."""
-        if copies:
-            self.backend.copy_blocks(self.kv_pool, [c.source for c in copies], [c.target for c in copies])
+        """Copy blocks in all layers. `execute` does not look at `batch.block_copies`: copy before it, and once."""
+        for group in {copy.group for copy in copies}:
+            pairs = [(copy.source, copy.target) for copy in copies if copy.group == group]
+            sources, targets = zip(*pairs, strict=True)
+            self.backend.copy_blocks(self.kv_pools[group], sources, targets)
 
     def release(self, seq_ids: Sequence[str]) -> None:
         """Forget what is kept for sequences that ended; steps leave `finished_seq_ids` to their caller."""
         self._sampler.drop(seq_ids)
-        self._block_tables.drop(seq_ids)
+        for tables in self._block_tables:
+            tables.drop(seq_ids)
         if self._decode is not None:
             self._decode.release(seq_ids)
 
@@ -203,12 +222,15 @@ class ModelRunner:
         return self._forward(build_forward_batch(batch, self.block_size, self._device, self._block_tables))
 
     def _forward(self, batch: ForwardBatch) -> torch.Tensor:
-        plan = self.backend.plan_attention(batch.attention, self._model.attention_spec, self.block_size)
-        return self._step(batch.token_ids, plan, batch.logits_indices)
+        plans = tuple(
+            self.backend.plan_attention(inputs, group.attention, self.block_size)
+            for inputs, group in zip(batch.attention, self._model.layer_groups, strict=True)
+        )
+        return self._step(batch.token_ids, plans, batch.logits_indices)
 
-    def _compute(self, token_ids: torch.Tensor, plan: Any, logits_indices: torch.Tensor) -> torch.Tensor:
-        """One step; a `StepFunction`."""
-        hidden = self._model.forward(token_ids, plan, self.kv_pool)  # [num_tokens, hidden]
+    def _compute(self, token_ids: torch.Tensor, plans: Sequence[Any], logits_indices: torch.Tensor) -> torch.Tensor:
+        """One step; `plans`: of each layer group."""
+        hidden = self._model.forward(token_ids, plans, self.kv_layers)  # [num_tokens, hidden]
         if not logits_indices.numel():
             return hidden.new_empty((0, self.spec.vocab_size))
         return self._model.logits(self.backend.select_rows(hidden, logits_indices))
@@ -217,11 +239,17 @@ class ModelRunner:
     def _record(self, backend: RecordingBackend, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         # One more than sequences: the probe after a failure brings one of its own.
         max_num_logits = min(max_num_seqs, max_num_batched_tokens) + 1
-        step = backend.record(self._compute, max_num_tokens=max_num_batched_tokens, max_num_logits=max_num_logits)
+        step = None
+        if self.num_groups == 1:  # a recorded step knows one plan
+            step = backend.record(
+                lambda token_ids, plan, logits_indices: self._compute(token_ids, (plan,), logits_indices),
+                max_num_tokens=max_num_batched_tokens,
+                max_num_logits=max_num_logits,
+            )
         if step is None:
             logger.warning("this model runs operator by operator: its steps cannot be recorded")
         else:
-            self._step = step
+            self._step = lambda token_ids, plans, logits_indices: step(token_ids, plans[0], logits_indices)
 
 
 @dataclass(slots=True)

@@ -47,3 +47,8 @@ class ModelSpec:
     mlp_bias: bool = False
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    windows: tuple[int, ...] = ()
+    """Keys that a query of each layer sees at most, itself included; 0: all before it. Empty: 0 for all layers."""
+
+    def window(self, layer: int) -> int:
+        return self.windows[layer] if self.windows else 0

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import msgspec
+from msgspec import structs
 
 from .sampling_params import SamplingParams
 
 
 @dataclass(slots=True, frozen=True)
 class BlockCopy:
-    """Copy one block's K/V of every layer before the step writes anything (copy-on-write)."""
+    """Copy one block's K/V of every layer of a group before the step writes anything (copy-on-write)."""
 
     source: int
     target: int
+    group: int = 0
+    """The layer group, each of which has block ids of its own."""
 
 
-@dataclass(slots=True, frozen=True)
-class ScheduledRow:
+class ScheduledRow(msgspec.Struct, frozen=True, eq=False, gc=False):
     """One sequence's share of a step: tokens [num_computed, num_computed + num_scheduled) are run.
 
     `token_ids` and `block_ids` are live views of the scheduler's state: read them during the step only.
+    There is one for each sequence and step, so they must be cheap to make: a struct, which no reference cycle goes
+    through (the garbage collector does not look at it).
     """
 
     seq_id: str
@@ -36,7 +40,9 @@ class ScheduledRow:
     num_scheduled_tokens: int
     """≥ 1."""
     block_ids: tuple[Sequence[int], ...]
-    """The block table of each layer group; it covers every token up to the last scheduled one."""
+    """The block table of each layer group; it covers every token up to the last scheduled one, and holds block 0 where
+    nothing is left that one of the scheduled tokens sees. While a sequence runs, the same tuple in every step; when it
+    comes back after a preemption, or its id is used again, another."""
     params: SamplingParams
     seed: int
     """Key of the counter-based generator, 64 bits; its counter is the position of the drawn token."""
@@ -44,6 +50,8 @@ class ScheduledRow:
     """Ids that must not be drawn before `params.min_tokens` outputs."""
     num_unknown_tokens: int = 0
     """1 if the newest token is what the step before this one draws, which nobody has looked at yet."""
+    owner: Any = None
+    """The scheduler's own record of the sequence, nobody else's business. Ids are used again, this is not."""
 
     @property
     def num_tokens(self) -> int:
@@ -56,7 +64,8 @@ class ScheduledRow:
     @property
     def draws_token(self) -> bool:
         """Whether this step reaches the newest token, so that the next one is drawn from its logits."""
-        return self.num_tokens_after == self.num_tokens
+        num_tokens = len(self.token_ids) + self.num_unknown_tokens
+        return self.num_computed_tokens + self.num_scheduled_tokens == num_tokens
 
     @property
     def num_output_tokens(self) -> int:
@@ -76,7 +85,7 @@ class ScheduledBatch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(row.num_scheduled_tokens for row in self.rows)
+        return self.num_decode_rows + sum(row.num_scheduled_tokens for row in self.rows[self.num_decode_rows :])
 
     def part(self, start: int, stop: int) -> ScheduledBatch:
         """Rows [start, stop) alone, for finding the row that makes a step fail. Copies are not repeated."""
@@ -84,7 +93,7 @@ class ScheduledBatch:
 
     def known(self) -> ScheduledBatch:
         """The same rows now that the step before has been taken in: nothing is unknown any more. Without copies."""
-        return ScheduledBatch([replace(row, num_unknown_tokens=0) for row in self.rows], self.num_decode_rows)
+        return ScheduledBatch([structs.replace(row, num_unknown_tokens=0) for row in self.rows], self.num_decode_rows)
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -95,8 +104,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[float]
 
 
-@dataclass(slots=True, frozen=True)
-class SampledRow:
+class SampledRow(msgspec.Struct, frozen=True, gc=False):
     """What one row drew. More than one token only under speculation."""
 
     seq_id: str

@@ -5,23 +5,26 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+import msgspec
+
+from ..block_manager.manager import PrefixMisses
 from .batch import TokenLogprobs
 from .request import Request
 from .stop import Stop
 
 
-@dataclass(slots=True, frozen=True)
-class Progress:
+class Progress(msgspec.Struct, frozen=True, eq=False, gc=False):
     """New tokens of one sample, and whether they ended it."""
 
     request: Request
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
     stop: Stop | None
+    is_first: bool
+    """Whether they are the first of this sample."""
 
 
-@dataclass(slots=True)
-class SchedulerCounters:
+class SchedulerCounters(msgspec.Struct):
     """Running totals since the start; the engine reports their increase."""
 
     num_preemptions: int = 0
@@ -36,6 +39,24 @@ class SchedulerCounters:
     prefix_misses_new: int = 0
     prefix_misses_evicted: int = 0
     prefix_misses_tail: int = 0
+
+    def count_computed(self, request: Request, before: int, after: int) -> None:
+        """Tokens [before, after) of a request have been computed."""
+        high_water = request.high_water_tokens
+        if before < high_water:
+            self.num_recomputed_tokens += min(after, high_water) - before
+        if after > high_water:
+            request.high_water_tokens = after
+        if before < request.num_prompt_tokens:
+            self.num_prompt_tokens += min(after, request.num_prompt_tokens) - before
+
+    def count_prefix(self, num_tokens: int, num_hits: int, misses: PrefixMisses) -> None:
+        """A request of `num_tokens` was admitted for the first time."""
+        self.prefix_cache_queries += num_tokens
+        self.prefix_cache_hits += num_hits
+        self.prefix_misses_new += misses.num_new_tokens
+        self.prefix_misses_evicted += misses.num_evicted_tokens
+        self.prefix_misses_tail += misses.num_tail_tokens
 
 
 class AdmissionStop(enum.Enum):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 from ..block_manager.hashing import BlockHashes
+from .batch import ScheduledRow
 from .sampling_params import SamplingParams
 
 
@@ -25,6 +26,7 @@ class Request:
     __slots__ = (
         "arrival_time",
         "block_hashes",
+        "block_ids",
         "first_token_time",
         "held_siblings",
         "high_water_tokens",
@@ -35,8 +37,10 @@ class Request:
         "num_drawing_tokens",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_writable_tokens",
         "order",
         "params",
+        "passes_next_at",
         "priority",
         "request_id",
         "sample_index",
@@ -44,6 +48,7 @@ class Request:
         "seed",
         "seq_id",
         "status",
+        "stop_token_ids",
         "token_ids",
     )
 
@@ -57,6 +62,7 @@ class Request:
         seed: int,
         order: tuple[int, int, int],
         max_total_tokens: int,
+        eos_token_ids: Sequence[int],
         block_size: int,
         cache_salt: str,
         arrival_time: float,
@@ -77,9 +83,20 @@ class Request:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.max_total_tokens = max_total_tokens
         """Prompt and output together: the request's own limit or the context's, whichever is less."""
+        self.stop_token_ids = frozenset(
+            params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos_token_ids)
+        )
+        """Every id that ends it, eos included where it does."""
         self.num_computed_tokens = 0
         """Leading tokens whose K/V are in this request's blocks, once the steps scheduled so far have run. It chases
         `num_tokens`."""
+        self.block_ids: tuple[list[int], ...] = ()
+        """Live views of its block tables while it runs, one tuple from each admission to the next."""
+        self.num_writable_tokens = 0
+        """Tokens [num_computed_tokens, num_writable_tokens) have blocks that nobody else sees, so that a step which
+        writes no further need not ask the block manager. Most decodes stay in the block that the last one wrote."""
+        self.passes_next_at = 0
+        """How many tokens must be computed before the block manager is to be told that a window has moved on."""
         self.high_water_tokens = 0
         """The most that num_computed_tokens ever was: computing below it again is waste."""
         self.num_cached_tokens = 0
@@ -100,7 +117,7 @@ class Request:
     @property
     def num_pending_tokens(self) -> int:
         """Tokens that no step has been scheduled for: 1 while decoding, more while (re)filling."""
-        return self.num_tokens - self.num_computed_tokens
+        return len(self.token_ids) + self.num_drawing_tokens - self.num_computed_tokens
 
     @property
     def num_output_tokens(self) -> int:
@@ -110,7 +127,8 @@ class Request:
     @property
     def is_complete(self) -> bool:
         """Whether the token being drawn is the last that fits: nothing is left to schedule."""
-        return self.num_drawing_tokens > 0 and self.num_tokens >= self.max_total_tokens
+        drawing = self.num_drawing_tokens
+        return drawing > 0 and len(self.token_ids) + drawing >= self.max_total_tokens
 
     def __repr__(self) -> str:
         return (
@@ -118,7 +136,55 @@ class Request:
         )
 
 
+def make_samples(
+    request_id: str,
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    *,
+    seed: int,
+    order: tuple[int, int],
+    max_total_tokens: int,
+    eos_token_ids: tuple[int, ...],
+    block_size: int,
+    cache_salt: str,
+    arrival_time: float,
+) -> list[Request]:
+    """A request's `params.n` samples: the leader, which holds the others until it has computed their prompt.
+    `order` is the request's (priority, arrival number)."""
+    samples = [
+        Request(
+            request_id,
+            index,
+            prompt_token_ids,
+            params,
+            seed=seed,
+            order=(*order, index),
+            max_total_tokens=max_total_tokens,
+            eos_token_ids=eos_token_ids,
+            block_size=block_size,
+            cache_salt=cache_salt,
+            arrival_time=arrival_time,
+        )
+        for index in range(params.n)
+    ]
+    leader, siblings = samples[0], samples[1:]
+    for sibling in siblings:
+        sibling.status = RequestStatus.HELD
+    leader.held_siblings = siblings
+    return samples
+
+
 def derive_seed(seed: int, sample_index: int) -> int:
     """64 bits that differ between the samples of a request and repeat with its seed."""
     digest = blake2b(f"{seed}/{sample_index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+_FINISHED = RequestStatus.FINISHED
+"""Compared with for every row of a step: an enum's members are slow to reach."""
+
+
+def live_owner(row: ScheduledRow) -> Request | None:
+    """The request that a row was scheduled for, None if it has ended. Not by id: another one may have that by now."""
+    request: Request = row.owner
+    return None if request.status is _FINISHED else request

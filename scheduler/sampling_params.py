@@ -124,6 +124,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def has_penalties(self) -> bool:
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
+    @property
+    def may_edit_logits(self) -> bool:
+        """Whether any token is drawn from other logits than the model's, or asked more of than to be drawn."""
+        return self.has_penalties or len(self.logit_bias) > 0 or self.logprobs is not None or self.min_tokens > 0
+
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:
     # bool is an int in Python; a caller who writes `"n": true` has made a mistake.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,14 +17,12 @@ class Stop:
     """The eos or stop id that ended it."""
 
 
-def check_stop(request: Request, eos_token_ids: Collection[int]) -> Stop | None:
+def check_stop(request: Request) -> Stop | None:
     """Whether the newest known token of `request` ends it. A stop id counts from `min_tokens` on, length always."""
-    token_id = request.token_ids[-1]
-    params = request.params
-    if request.num_output_tokens >= params.min_tokens and (
-        token_id in params.stop_token_ids or (not params.ignore_eos and token_id in eos_token_ids)
-    ):
+    token_ids = request.token_ids
+    token_id = token_ids[-1]
+    if token_id in request.stop_token_ids and request.num_output_tokens >= request.params.min_tokens:
         return Stop("stop", token_id)
-    if len(request.token_ids) >= request.max_total_tokens:
+    if len(token_ids) >= request.max_total_tokens:
         return Stop("length")
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import logging
 import time
 from collections.abc import Callable
@@ -66,9 +66,8 @@ class EngineCore:
         launched = time.perf_counter()
         result = self._result(current)
         executed = time.perf_counter()
-        for progress in self.scheduler.update(current.batch, result.sampled):
-            self._outputs.append(_token_output(progress))
         outputs, self._outputs = self._outputs, []
+        outputs += map(_token_output, self.scheduler.update(current.batch, result.sampled))
         return StepOutput(
             outputs=outputs,
             stats=self.stats(
@@ -134,19 +133,20 @@ class EngineCore:
         update_seconds: float = 0.0,
     ) -> StepStats:
         """Gauges as they are, counters since the last call."""
-        now, before = dataclasses.replace(self.scheduler.counters), self._reported
+        now, before = copy.copy(self.scheduler.counters), self._reported
         self._reported = now
-        pool = self.scheduler.blocks.pool
-        num_evicted, self._num_evicted_reported = pool.num_evicted - self._num_evicted_reported, pool.num_evicted
+        blocks = self.scheduler.blocks.counts()
+        num_evicted, self._num_evicted_reported = blocks.num_evicted - self._num_evicted_reported, blocks.num_evicted
         emit_seconds, self._emit_seconds = self._emit_seconds, 0.0
         return StepStats(
             num_running=len(self.scheduler.running),
             num_waiting=self.scheduler.num_waiting,
             num_waiting_deferred=self.scheduler.waiting_counts.num_deferred,
-            num_blocks=pool.num_usable,
-            num_free_blocks=pool.num_free,
-            num_cached_blocks=pool.num_cached_free,
-            num_shared_blocks=pool.num_shared,
+            num_blocks=blocks.num_usable,
+            num_free_blocks=blocks.num_free,
+            num_cached_blocks=blocks.num_cached_free,
+            num_shared_blocks=blocks.num_shared,
+            block_usage=blocks.usage,
             prefix_cache_queries=now.prefix_cache_queries - before.prefix_cache_queries,
             prefix_cache_hits=now.prefix_cache_hits - before.prefix_cache_hits,
             prefix_misses_new=now.prefix_misses_new - before.prefix_misses_new,
@@ -177,7 +177,15 @@ class EngineCore:
 
 
 def _token_output(progress: Progress) -> TokenOutput:
+    """Between the first output of a sample and its last there is nothing to say but the tokens."""
     request, stop = progress.request, progress.stop
+    if stop is None and not progress.is_first:
+        return TokenOutput(
+            request_id=request.request_id,
+            sample_index=request.sample_index,
+            token_ids=progress.token_ids,
+            logprobs=progress.logprobs,
+        )
     return TokenOutput(
         request_id=request.request_id,
         sample_index=request.sample_index,
@@ -186,7 +194,7 @@ def _token_output(progress: Progress) -> TokenOutput:
         finish_reason=stop.reason if stop is not None else None,
         stop_token_id=stop.token_id if stop is not None else None,
         num_cached_tokens=request.num_cached_tokens,
-        timings=_timings(request) if stop is not None or request.num_output_tokens == len(progress.token_ids) else None,
+        timings=_timings(request),
     )
 
 

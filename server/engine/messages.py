@@ -63,7 +63,7 @@ class RequestError(msgspec.Struct, frozen=True, kw_only=True):
     """The field to blame, where one is known."""
 
 
-class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """New tokens of one sample. `token_ids` includes the stop token that ended it, if one did."""
 
     request_id: str
@@ -76,7 +76,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     stop_token_id: int | None = None
     """The eos or stop id that ended it; it is also the last of `token_ids`."""
     num_cached_tokens: int = 0
-    """Prompt tokens taken from the prefix cache, known from the first output on."""
+    """Prompt tokens taken from the prefix cache. With the first output of a sample, and with the last."""
     timings: RequestTimings | None = None
     """With the first output of a sample (a stop string may end it without another), and with the last."""
     error: RequestError | None = None
@@ -97,6 +97,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Free blocks that still hold a reusable prefix."""
     num_shared_blocks: int = 0
     """Blocks in more than one table."""
+    block_usage: float = 0.0
+    """Share of the fullest layer group's blocks that are in tables; of all blocks, where there is one group."""
     prefix_cache_queries: int = 0
     """In tokens; readmissions after a preemption are not counted."""
     prefix_cache_hits: int = 0
@@ -139,6 +141,9 @@ class EngineReady(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     max_num_batched_tokens: int
     block_size: int
     num_blocks: int
+    """Of all pools together."""
+    pool_blocks: list[int]
+    """Of each layer group's pool: layers that keep everything first, then those with a window."""
     kv_cache_bytes: int
     weight_bytes: int
     vocab_size: int

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from octavo.block_manager.check import check
+from octavo.block_manager.hashing import BlockHashes
 from octavo.scheduler.batch import SampledRow, ScheduledBatch
-from octavo.scheduler.config import CacheConfig, SchedulerConfig
+from octavo.scheduler.config import CacheConfig, PoolConfig, SchedulerConfig
+from octavo.scheduler.held_blocks import HeldBlocks
 from octavo.scheduler.progress import Progress, WaitingCounts
+from octavo.scheduler.request import RequestStatus
 from octavo.scheduler.sampling_params import InvalidRequest, SamplingParams
 from octavo.scheduler.scheduler import QueueFull, Scheduler
 
@@ -24,7 +28,7 @@ def make(
     return Scheduler(
         SchedulerConfig(max_num_seqs=max_num_seqs, max_num_waiting=max_waiting),
         CacheConfig(block_size=block_size, enable_prefix_caching=caching),
-        num_blocks=num_blocks,
+        pools=[PoolConfig(num_blocks)],
         max_model_len=(num_blocks - 1) * block_size,
         max_num_batched_tokens=budget,
         eos_token_ids=(EOS,),
@@ -127,7 +131,7 @@ def test_samples_share_the_prompt_and_end_one_by_one() -> None:
     scheduler.add("a", list(range(6)), SamplingParams(n=3, max_tokens=3))
     step(scheduler)
     assert {request.seq_id for request in scheduler.running} == {"a/0", "a/1", "a/2"}
-    assert scheduler.blocks.pool.num_shared == 2
+    assert scheduler.blocks.counts().num_shared == 2
     batch, _ = step(scheduler)
     assert shares(batch) == {"a/0": 1, "a/1": 1, "a/2": 1}
     # The second block is partial: two of the three that write into it get a copy.
@@ -136,7 +140,7 @@ def test_samples_share_the_prompt_and_end_one_by_one() -> None:
     scheduler.abort("a", 1)
     while scheduler.has_work:
         step(scheduler)
-    assert scheduler.blocks.num_free_blocks == 64
+    assert scheduler.blocks.num_free_blocks == [64]
 
 
 def test_aborting_the_leader_lets_its_siblings_go_on() -> None:
@@ -244,7 +248,7 @@ def test_siblings_inherit_the_hash_chain_and_count_no_hits() -> None:
     scheduler = Scheduler(
         SchedulerConfig(max_num_seqs=2),
         CacheConfig(block_size=4),
-        num_blocks=65,
+        pools=[PoolConfig(65)],
         max_model_len=64,
         max_num_batched_tokens=64,
     )
@@ -336,3 +340,168 @@ def test_a_readmission_counts_neither_hits_nor_misses() -> None:
         step(scheduler)
     assert scheduler.counters.num_preemptions > 0
     assert prefix_counts(scheduler) == (22, 0, 16, 0, 6)
+
+
+def draw(batch: ScheduledBatch, token: int = 5) -> list[SampledRow]:
+    return [SampledRow(row.seq_id, [token]) for row in batch.rows if row.draws_token]
+
+
+def test_what_was_drawn_for_an_aborted_request_is_not_given_to_another_under_its_id() -> None:
+    scheduler = make()
+    scheduler.add("a", [1, 2, 3], SamplingParams(max_tokens=9))
+    in_flight = scheduler.schedule()
+    scheduler.abort("a")
+    scheduler.add("a", [4, 5, 6, 7, 8], SamplingParams(max_tokens=9))
+    assert scheduler.update(in_flight, draw(in_flight)) == []
+    (request,) = scheduler.requests["a"].values()
+    assert (request.token_ids, request.high_water_tokens) == ([4, 5, 6, 7, 8], 0)
+    batch, progress = step(scheduler)
+    assert shares(batch) == {"a/0": 5}
+    assert [item.token_ids for item in progress] == [[5]]
+
+
+def test_an_aborted_request_s_row_is_not_held_or_taken_back_by_another_under_its_id() -> None:
+    scheduler = make()
+    scheduler.add("a", [1, 2, 3], SamplingParams(max_tokens=9))
+    old = scheduler.schedule()
+    scheduler.abort("a")
+    scheduler.add("a", [1, 2, 3], SamplingParams(max_tokens=9))
+    new = scheduler.schedule()
+    scheduler.retract(old)
+    scheduler.drop_row(old.rows[0])
+    assert (scheduler.holds(old.rows[0]), scheduler.holds(new.rows[0])) == (False, True)
+    (request,) = scheduler.requests["a"].values()
+    assert (request.num_computed_tokens, request.num_drawing_tokens) == (3, 1)
+
+
+def preempted() -> tuple[Scheduler, list[int], ScheduledBatch]:
+    """A scheduler that has just preempted a request with this prompt, whose row was in the batch before."""
+    scheduler = make(num_blocks=9, budget=64, caching=True)
+    scheduler.add("old", [1] * 15, SamplingParams(max_tokens=12))
+    scheduler.add("victim", [2] * 7, SamplingParams(max_tokens=12))
+    before = scheduler.schedule()
+    drawn = draw(before)
+    while True:
+        after = scheduler.schedule()  # one step ahead
+        if scheduler.counters.num_preemptions:
+            assert scheduler.requests["victim"][0].status is RequestStatus.WAITING
+            scheduler.retract(after)
+            return scheduler, [2] * 7, before
+        drawn, so_far = draw(after), drawn
+        scheduler.update(before, so_far)
+        before = after
+
+
+def num_found(scheduler: Scheduler, prompt: list[int]) -> int:
+    return scheduler.blocks.match(BlockHashes(scheduler.blocks.block_size), prompt).num_tokens
+
+
+def test_what_a_preempted_sample_of_a_failed_request_published_is_not_found_again() -> None:
+    scheduler, prompt, _ = preempted()
+    assert num_found(scheduler, prompt) == 4
+    scheduler.fail("victim/0")
+    assert num_found(scheduler, prompt) == 0
+    check(scheduler.blocks)
+
+
+def test_what_a_sequence_published_that_was_preempted_in_a_step_that_failed_is_not_found_again() -> None:
+    """It may be what made the step fail, and cannot be tried alone: its blocks are others' by now."""
+    scheduler, prompt, failed = preempted()
+    (row,) = (row for row in failed.rows if row.seq_id == "victim/0")
+    assert not scheduler.holds(row)
+    scheduler.drop_row(row)
+    assert num_found(scheduler, prompt) == 0
+
+
+def test_a_sequence_that_was_preempted_in_a_step_that_failed_is_served_all_the_same() -> None:
+    scheduler, _, failed = preempted()
+    for row in failed.rows:
+        if not scheduler.holds(row):
+            scheduler.drop_row(row)
+    rest = ScheduledBatch([row for row in failed.rows if scheduler.holds(row)], 1).known()
+    scheduler.update(rest, draw(rest))
+    outputs = {"old": 0, "victim": 0}
+    for _ in range(100):
+        for item in step(scheduler)[1]:
+            outputs[item.request.request_id] = item.request.num_output_tokens
+    assert outputs == {"old": 12, "victim": 12}
+
+
+def test_a_leader_that_forks_late_with_tokens_left_to_compute_writes_no_shared_block() -> None:
+    """Preempted twice while its token was being drawn, it has two outputs when its prompt is there to be shared."""
+    scheduler = make(budget=11)
+    scheduler.add("a", [1] * 10, SamplingParams(n=2, max_tokens=9))
+    for _ in range(2):
+        batch = scheduler.schedule()
+        scheduler._preempt(scheduler.running[0])
+        scheduler.update(batch, draw(batch))
+    scheduler.add("b", [1], SamplingParams(max_tokens=9), priority=-1)
+    assert shares(step(scheduler)[0]) == {"b/0": 1, "a/0": 10}
+    assert scheduler.blocks.counts().num_shared > 0
+    batch = scheduler.schedule()
+    assert shares(batch)["a/0"] == 2
+    written = [row.block_ids[0][row.num_computed_tokens // 4] for row in batch.rows]
+    assert [scheduler.blocks.groups[0].pool.blocks[block].ref_count for block in written] == [1] * len(written)
+
+
+def test_prompts_whose_windows_fill_a_pool_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Admission promises no more than there is, so they never do; should it ever, some are preempted. Three prompts
+    that share each step, in a pool for one window."""
+    monkeypatch.setattr(HeldBlocks, "fits", lambda self, request, match, spare: True)
+    monkeypatch.setattr(HeldBlocks, "spare", lambda self, running: [1, 1])
+    monkeypatch.setattr("octavo.scheduler.budget.MIN_CHUNK", 1)
+    scheduler = Scheduler(
+        SchedulerConfig(max_num_seqs=4),
+        CacheConfig(block_size=4, enable_prefix_caching=False),
+        pools=[PoolConfig(65), PoolConfig(4, 6)],
+        max_model_len=64,
+        max_num_batched_tokens=8,
+    )
+    for name in "abc":
+        scheduler.add(name, list(range(40)), SamplingParams(max_tokens=1))
+    finished = []
+    while scheduler.has_work:
+        batch, progress = step(scheduler)
+        assert batch.rows
+        finished += [item.request.request_id for item in progress]
+    assert sorted(finished) == ["a", "b", "c"]
+    assert scheduler.counters.num_preemptions > 0
+
+
+def test_a_decode_waits_for_the_step_in_flight_to_give_a_block_back() -> None:
+    """Four blocks: a prompt of three, of which the window keeps two, and the next token's. Nobody is preempted."""
+    scheduler = Scheduler(
+        SchedulerConfig(max_num_seqs=1),
+        CacheConfig(block_size=4, enable_prefix_caching=False),
+        pools=[PoolConfig(5, 5)],
+        max_model_len=64,
+        max_num_batched_tokens=16,
+    )
+    scheduler.add("a", list(range(16)), SamplingParams(max_tokens=9))
+    first = scheduler.schedule()
+    assert shares(first) == {"a/0": 16}
+    assert scheduler.schedule().rows == []  # the prompt's step still reads all four
+    scheduler.update(first, draw(first))
+    assert scheduler.blocks.num_free_blocks == [3]
+    while scheduler.has_work:
+        step(scheduler)
+    assert scheduler.counters.num_preemptions == 0
+    assert scheduler.blocks.num_free_blocks == [4]
+
+
+def test_a_prompt_leaves_alone_what_another_was_promised() -> None:
+    """The first takes all eight blocks for its part, and will hold three: the second wants eight of its own."""
+    scheduler = Scheduler(
+        SchedulerConfig(max_num_seqs=4),
+        CacheConfig(block_size=4, enable_prefix_caching=False),
+        pools=[PoolConfig(65), PoolConfig(9, 6)],
+        max_model_len=64,
+        max_num_batched_tokens=64,
+    )
+    scheduler.add("a", list(range(60)), SamplingParams(max_tokens=2))
+    scheduler.add("b", list(range(60)), SamplingParams(max_tokens=2))
+    assert "b/0" not in shares(step(scheduler)[0])
+    assert scheduler.waiting_counts == WaitingCounts(num_for_capacity=1, num_deferred=0)
+    while scheduler.has_work:
+        step(scheduler)
+    assert scheduler.counters.num_preemptions == 0

@@ -1,8 +1,9 @@
 """Random requests, aborts and failures against scheduler, block manager and engine core, over an oracle of the pool.
 
 The fake runner stores in every K/V slot what a real one would have to find there (token, position, digest of the
-prefix and its salt), and checks each read against the reading request's own history. Tiny pools and a tiny alphabet
-make sharing, eviction, preemption and copy-on-write happen all the time. What the metrics are told is checked as well:
+prefix and its salt), and checks each read against the reading request's own history, in every layer group as far as
+its window lets a token see. Tiny pools and a tiny alphabet make sharing, eviction, preemption and copy-on-write happen
+all the time. What the metrics are told is checked as well:
 see watched_scheduler.py, and `counters_add_up` here.
 """
 
@@ -10,9 +11,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -25,16 +28,21 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from msgspec import structs
 from octavo.block_manager import check as invariants
-from octavo.block_manager.block import FreeBlockList
+from octavo.block_manager.block import Block, FreeBlockList
+from octavo.block_manager.config import PoolConfig
 from octavo.block_manager.evicted import EvictedHashes
+from octavo.block_manager.group import BlockGroup
 from octavo.block_manager.hashing import BlockHashes
 from octavo.block_manager.manager import BlockManager, PrefixMatch
 from octavo.block_manager.pool import BlockPool
+from octavo.block_manager.table import BlockTable
 from octavo.scheduler import scheduler as scheduler_module
 from octavo.scheduler.batch import BlockCopy, PendingStep, SampledRow, ScheduledBatch, ScheduledRow, StepResult
 from octavo.scheduler.budget import StepBudget
 from octavo.scheduler.config import CacheConfig, SchedulerConfig
+from octavo.scheduler.held_blocks import HeldBlocks
 from octavo.scheduler.progress import AdmissionStop
 from octavo.scheduler.request import Request, RequestStatus, derive_seed
 from octavo.scheduler.sampling_params import SamplingParams
@@ -42,7 +50,7 @@ from octavo.scheduler.scheduler import Scheduler
 from octavo.server.engine.core import EngineCore
 from octavo.server.engine.execution import Execution
 from octavo.server.engine.messages import GenerateRequest, StepStats, TokenOutput
-from watched_scheduler import WatchedScheduler, require
+from watched_scheduler import WatchedScheduler, blocks_of_window, require
 
 # Every poisoned request is logged with its traceback, thousands of times here.
 logging.getLogger("octavo.engine").setLevel(logging.CRITICAL)
@@ -75,12 +83,15 @@ class BrokenStep:
 class OracleRunner:
     """Executes batches over a dictionary of slots, and where it runs ahead, keeps what it drew until it is asked."""
 
-    def __init__(self, block_size: int, runs_ahead: bool) -> None:
+    def __init__(self, block_size: int, windows: Sequence[int | None], runs_ahead: bool) -> None:
         self.block_size = block_size
+        self.windows = windows
+        """Of each layer group."""
         self.runs_ahead = runs_ahead
         self.drawn: dict[str, int] = {}
         """What the latest step drew for each sequence: all that the next one may know of it."""
-        self.slots: dict[tuple[int, int], tuple[int, int, bytes]] = {}
+        self.slots: dict[tuple[int, int, int], tuple[int, int, bytes]] = {}
+        """(layer group, block, offset) → what was written there."""
         self.salts: dict[str, str] = {}
         self.poisoned: set[str] = set()
         self.manager: BlockManager | None = None
@@ -90,11 +101,11 @@ class OracleRunner:
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         for copy in copies:
             for offset in range(self.block_size):
-                content = self.slots.get((copy.source, offset))
+                content = self.slots.get((copy.group, copy.source, offset))
                 if content is None:
-                    self.slots.pop((copy.target, offset), None)
+                    self.slots.pop((copy.group, copy.target, offset), None)
                 else:
-                    self.slots[copy.target, offset] = content
+                    self.slots[copy.group, copy.target, offset] = content
 
     def launch(self, batch: ScheduledBatch) -> PendingStep:
         require(self.runs_ahead or not any(row.num_unknown_tokens for row in batch.rows), "a token is not known")
@@ -113,7 +124,7 @@ class OracleRunner:
         """The row with the token that only this runner knows."""
         if not row.num_unknown_tokens:
             return row
-        return replace(row, token_ids=[*row.token_ids, self.drawn[row.seq_id]], num_unknown_tokens=0)
+        return structs.replace(row, token_ids=[*row.token_ids, self.drawn[row.seq_id]], num_unknown_tokens=0)
 
     def _execute(self, batch: ScheduledBatch) -> StepResult:
         require(batch.num_tokens <= self.budget, "the step exceeds its token budget")
@@ -124,10 +135,10 @@ class OracleRunner:
         for row in batch.rows:
             if row.seq_id.rpartition("/")[0] in self.poisoned:
                 raise RuntimeError("poisoned")
-        for row in batch.rows:
-            self._write(row)
-        for row in batch.rows:
-            self._read(row)
+        for act in (self._write, self._read):
+            for row in batch.rows:
+                for group in range(len(self.windows)):
+                    act(row, group)
         self.known.update(row.seq_id for row in batch.rows)
         return StepResult(
             [SampledRow(row.seq_id, [next_token(row.token_ids, row.seed)]) for row in batch.rows if row.draws_token]
@@ -136,27 +147,46 @@ class OracleRunner:
     def release(self, seq_ids: Sequence[str]) -> None:
         self.known.difference_update(seq_ids)
 
-    def _locate(self, row: ScheduledRow, position: int) -> tuple[int, int]:
-        return row.block_ids[0][position // self.block_size], position % self.block_size
+    def _locate(self, row: ScheduledRow, group: int, position: int) -> tuple[int, int, int]:
+        block_id = row.block_ids[group][position // self.block_size]
+        require(block_id != 0, f"position {position} of {row.seq_id} is in the reserved block")
+        return group, block_id, position % self.block_size
 
-    def _write(self, row: ScheduledRow) -> None:
+    def _write(self, row: ScheduledRow, group: int) -> None:
         assert self.manager is not None
         salt = self.salts[row.seq_id.rpartition("/")[0]]
         for position in range(row.num_computed_tokens, row.num_tokens_after):
-            block_id, offset = self._locate(row, position)
-            block = self.manager.pool.blocks[block_id]
-            require(block_id != 0, "a write goes to the reserved block")
+            place = self._locate(row, group, position)
+            block = self.manager.groups[group].pool.blocks[place[1]]
             require(block.ref_count == 1, f"{block!r} is written while shared")
             require(block.hash is None, f"{block!r} is written while published")
             prefix = row.token_ids[: position + 1]
-            self.slots[block_id, offset] = (row.token_ids[position], position, digest(prefix, salt))
+            self.slots[place] = (row.token_ids[position], position, digest(prefix, salt))
 
-    def _read(self, row: ScheduledRow) -> None:
+    def _read(self, row: ScheduledRow, group: int) -> None:
         salt = self.salts[row.seq_id.rpartition("/")[0]]
-        for position in range(row.num_tokens_after):
-            found = self.slots.get(self._locate(row, position))
+        window = self.windows[group]
+        first = 0 if window is None else max(0, row.num_computed_tokens - window + 1)
+        for position in range(first, row.num_tokens_after):
+            found = self.slots.get(self._locate(row, group, position))
             expected = (row.token_ids[position], position, digest(row.token_ids[: position + 1], salt))
             require(found == expected, f"{row.seq_id} reads foreign or missing K/V at position {position}")
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[int, list[PoolConfig], int]:
+    """A block size, pools for some layer groups, and the longest sequence that they hold."""
+    block_size = draw(st.integers(2, 4))
+    kinds = [[None], [None], [None, 1], [1], [None, 1, 1]]  # 1: some window
+    windows = [kind and draw(st.integers(1, 11)) for kind in draw(st.sampled_from(kinds))]
+    num_blocks = draw(st.integers(3, 11))
+    capacity = num_blocks * block_size
+    pools = []
+    for window in windows:
+        least = num_blocks if window is None else min(num_blocks, blocks_of_window(window, block_size))
+        more = 0 if window is None else draw(st.integers(0, 5))
+        pools.append(PoolConfig(least + more + 1, window))
+    return block_size, pools, capacity
 
 
 @dataclass
@@ -188,8 +218,7 @@ class Submitted:
 
 class EngineMachine(RuleBasedStateMachine):
     @initialize(
-        num_blocks=st.integers(4, 12),
-        block_size=st.integers(2, 4),
+        layout=layouts(),
         max_num_seqs=st.integers(1, 4),
         budget=st.integers(1, 9),
         caching=st.booleans(),
@@ -198,21 +227,20 @@ class EngineMachine(RuleBasedStateMachine):
     )
     def start(
         self,
-        num_blocks: int,
-        block_size: int,
+        layout: tuple[int, list[PoolConfig], int],
         max_num_seqs: int,
         budget: int,
         caching: bool,
         max_waiting: int,
         runs_ahead: bool,
     ) -> None:
-        self.capacity = (num_blocks - 1) * block_size
+        block_size, pools, self.capacity = layout
         self.max_waiting, self.max_num_seqs = max_waiting, max_num_seqs
-        self.runner = OracleRunner(block_size, runs_ahead)
+        self.runner = OracleRunner(block_size, [pool.window for pool in pools], runs_ahead)
         self.scheduler = WatchedScheduler(
             SchedulerConfig(max_num_seqs=max_num_seqs, max_num_waiting=max_waiting),
             CacheConfig(block_size=block_size, enable_prefix_caching=caching),
-            num_blocks=num_blocks,
+            pools=pools,
             max_model_len=self.capacity,
             max_num_batched_tokens=budget,
             eos_token_ids=(EOS,),
@@ -325,7 +353,9 @@ class EngineMachine(RuleBasedStateMachine):
         require(told["prefix_cache_queries"] == self.scheduler.num_queries, "the queries are not the prompts admitted")
         for name in COUNTED[:-1]:
             require(told[name] == getattr(counters, name), f"{name} is reported twice, or not at all")
-        require(told["num_evicted_blocks"] == self.scheduler.blocks.pool.num_evicted, "evictions are not all reported")
+        require(
+            told["num_evicted_blocks"] == self.scheduler.blocks.counts().num_evicted, "evictions are not all reported"
+        )
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
@@ -339,8 +369,8 @@ class EngineMachine(RuleBasedStateMachine):
             self.counters_add_up()
         require(not self.core.has_work, "requests are not served within the bound")
         self.core.idle()
-        pool = self.scheduler.blocks.pool
-        require(pool.num_free == pool.num_usable, "blocks are lost")
+        counts = self.scheduler.blocks.counts()
+        require(counts.num_free == counts.num_usable, "blocks are lost")
         require(not self.scheduler.requests and not self.scheduler.running, "requests are left over")
         require(not self.runner.known, "the runner keeps state of ended sequences")
         arrival = 0
@@ -475,8 +505,8 @@ def abort_leaks_held_samples(patch: pytest.MonkeyPatch) -> None:
 def stop_is_checked_twice_late(patch: pytest.MonkeyPatch) -> None:
     original = scheduler_module.check_stop
 
-    def check_stop(request: Request, eos: Sequence[int]) -> object:
-        return original(request, eos) if request.num_output_tokens > 1 else None
+    def check_stop(request: Request) -> object:
+        return original(request) if request.num_output_tokens > 1 else None
 
     patch.setattr(scheduler_module, "check_stop", check_stop)
 
@@ -576,6 +606,135 @@ def evictions_are_reported_twice(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(EngineCore, "stats", stats)
 
 
+def first_needed_off_by(num_tokens: int) -> Callable[[BlockGroup, int], int]:
+    """`BlockGroup.first_needed` for a window that is so many tokens shorter."""
+
+    def first_needed(self: BlockGroup, position: int) -> int:
+        if self.window is None:
+            return 0
+        return max(0, position + 1 - self.window + num_tokens) // self._block_size
+
+    return first_needed
+
+
+def a_token_too_few_is_kept(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockGroup, "first_needed", first_needed_off_by(1))
+
+
+def a_block_too_few_is_kept(patch: pytest.MonkeyPatch) -> None:
+    original = BlockManager.pass_window
+
+    def pass_window(self: BlockManager, seq_id: str, num_tokens: int) -> None:
+        original(self, seq_id, num_tokens + self.block_size)
+
+    patch.setattr(BlockManager, "pass_window", pass_window)
+
+
+def a_block_too_many_is_kept(patch: pytest.MonkeyPatch) -> None:
+    original = BlockManager.pass_window
+
+    def pass_window(self: BlockManager, seq_id: str, num_tokens: int) -> None:
+        original(self, seq_id, num_tokens - self.block_size)
+
+    patch.setattr(BlockManager, "pass_window", pass_window)
+
+
+def a_token_too_many_is_kept(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockGroup, "first_needed", first_needed_off_by(-1))
+
+
+def windows_never_pass(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockManager, "passes_next_at", lambda self, seq_id: sys.maxsize)
+
+
+def windows_pass_what_a_running_step_reads(patch: pytest.MonkeyPatch) -> None:
+    original = HeldBlocks.pass_window
+
+    def pass_window(self: HeldBlocks, request: Request, num_tokens: int) -> None:
+        original(self, request, request.num_computed_tokens)
+
+    patch.setattr(HeldBlocks, "pass_window", pass_window)
+    patch.setattr(WatchedScheduler, "judge_windows", lambda self, batch: None)
+
+
+def hits_ignore_windows(patch: pytest.MonkeyPatch) -> None:
+    original = BlockGroup.longest_match
+
+    def longest_match(self: BlockGroup, hashes: BlockHashes, limit: int) -> int:
+        return limit if self.window is not None else original(self, hashes, limit)
+
+    def match(self: BlockManager, hashes: BlockHashes, token_ids: Sequence[int]) -> PrefixMatch:
+        hashes.extend(token_ids, len(token_ids))
+        count = self._longest_match(hashes, self._num_matchable(len(token_ids)))
+        if not self.enable_prefix_caching:
+            count = 0
+        blocks = tuple(
+            tuple(group.pool.index[block_hash] for block_hash in hashes.hashes[:count]) if group.window is None else ()
+            for group in self.groups
+        )
+        return PrefixMatch(blocks, count * self.block_size)
+
+    patch.setattr(BlockGroup, "longest_match", longest_match)
+    patch.setattr(BlockManager, "match", match)
+
+
+def hits_want_a_token_too_few(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockManager, "match", with_window_off_by(BlockManager.match, 1))
+
+
+def with_window_off_by(function: Callable[..., Any], num_tokens: int) -> Callable[..., Any]:
+    """The function, with windows that much shorter while it runs."""
+
+    def changed(self: BlockManager, *arguments: Any) -> Any:
+        original = BlockGroup.first_needed
+        BlockGroup.first_needed = first_needed_off_by(num_tokens)  # type: ignore[method-assign]
+        try:
+            return function(self, *arguments)
+        finally:
+            BlockGroup.first_needed = original  # type: ignore[method-assign]
+
+    return changed
+
+
+def passed_entries_leave_the_table(patch: pytest.MonkeyPatch) -> None:
+    def pass_by(self: BlockTable, num_passed: int, null: Block) -> list[Block]:
+        count = num_passed - self.num_passed
+        passed = self.blocks[self.num_passed : num_passed]
+        del self.blocks[self.num_passed : num_passed]
+        self.blocks[:0] = [null] * (count - 1)
+        self.ids[:] = [block.id for block in self.blocks]
+        self.num_passed = num_passed
+        return passed
+
+    patch.setattr(BlockTable, "pass_by", pass_by)
+
+
+def samples_take_a_window_that_has_passed(patch: pytest.MonkeyPatch) -> None:
+    original = Scheduler._fork_siblings
+
+    def fork_siblings(self: Scheduler, leader: Request) -> None:
+        self.blocks.pass_window(leader.seq_id, leader.num_prompt_tokens)
+        original(self, leader)
+
+    patch.setattr(Scheduler, "_fork_siblings", fork_siblings)
+    patch.setattr(BlockManager, "can_fork", lambda self, parent_id, num_tokens: True)
+
+
+def prompts_are_given_room_that_is_not_there(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockManager, "tokens_with_room", lambda self, seq_id, num_computed, num_tokens: num_tokens)
+
+
+def prompts_are_preempted_while_a_step_would_make_room(patch: pytest.MonkeyPatch) -> None:
+    original = Scheduler._serve
+
+    def serve(self: Scheduler, prompts: list[Request], budget: StepBudget, *, alone: bool) -> None:
+        num_in_flight, self._num_in_flight = self._num_in_flight, 0
+        original(self, prompts, budget, alone=alone)
+        self._num_in_flight = num_in_flight
+
+    patch.setattr(Scheduler, "_serve", serve)
+
+
 SEEDED_BUGS = [
     release_forgets_free_list,
     fork_forgets_references,
@@ -603,6 +762,18 @@ SEEDED_BUGS = [
     who_is_deferred_waits_for_capacity,
     who_waits_for_capacity_is_deferred,
     evictions_are_reported_twice,
+    a_token_too_few_is_kept,
+    a_block_too_few_is_kept,
+    a_block_too_many_is_kept,
+    a_token_too_many_is_kept,
+    windows_never_pass,
+    windows_pass_what_a_running_step_reads,
+    hits_ignore_windows,
+    hits_want_a_token_too_few,
+    passed_entries_leave_the_table,
+    samples_take_a_window_that_has_passed,
+    prompts_are_given_room_that_is_not_there,
+    prompts_are_preempted_while_a_step_would_make_room,
 ]
 
 
