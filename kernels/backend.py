@@ -7,9 +7,9 @@ both are opaque to the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -80,6 +80,30 @@ class DrawParameters:
     positions: torch.Tensor  # int64, of the token to draw in its sequence
 
 
+Activation = Literal["silu", "gelu_tanh", "gelu"]
+"""x * sigmoid(x); GELU by tanh; GELU by erf."""
+
+
+@dataclass(slots=True, frozen=True)
+class QKNorms:
+    """RMSNorm of each head of q and of k, before they are rotated. The weights as `pack_vector` made them."""
+
+    q: torch.Tensor  # [head_dim]
+    k: torch.Tensor  # [head_dim]
+    eps: float
+
+
+@dataclass(slots=True, frozen=True)
+class MoeSpec:
+    """How a token chooses among the experts of a layer: softmax over all logits in fp32, then the largest."""
+
+    num_experts: int
+    num_experts_per_token: int
+    renormalize: bool
+    """Whether the chosen weights are divided by their sum."""
+    activation: Activation
+
+
 StepFunction = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
 """(token_ids int64 [num_tokens], plan, logits_indices int64 [num_logits]) → logits [num_logits, vocab]: a whole step of
 a model, made of a backend's operators."""
@@ -92,8 +116,14 @@ class KernelBackend(Protocol):
     """
 
     name: str
+    detail: str
+    """What of the machine it uses, for messages: "amx, 2 threads". May be empty."""
     device: torch.device
     dtype: torch.dtype
+
+    def weight_bytes(self, weights: Iterable[tuple[str, tuple[int, ...]]]) -> int:
+        """Memory that weights of these encodings and shapes take once packed."""
+        ...
 
     def pack_linear(self, parts: Sequence[StoredWeight], bias: Sequence[StoredWeight] = ()) -> Any:
         """Prepare matrices that share their input as one operator; outputs are concatenated in order.
@@ -110,17 +140,22 @@ class KernelBackend(Protocol):
         """Prepare a [vocab, hidden] table for `embed`, and for `linear` too where the head is tied to it."""
         ...
 
-    def logits(self, x: torch.Tensor, head: Any) -> torch.Tensor:
+    def logits(self, x: torch.Tensor, head: Any, *, scale: float = 1.0, soft_cap: float = 0.0) -> torch.Tensor:
         """As `linear`, with the matrix or table that is the model's head: x [n, hidden] → [n, vocab], in the working
-        dtype or fp32, whatever rounds less at no cost."""
+        dtype or fp32, whatever rounds less at no cost. The product p becomes s = scale * p and, unless soft_cap is 0,
+        soft_cap * tanh(s / soft_cap)."""
         ...
 
-    def embed(self, token_ids: torch.Tensor, table: Any) -> torch.Tensor:
-        """token_ids int64 [num_tokens] → [num_tokens, hidden]."""
+    def embed(self, token_ids: torch.Tensor, table: Any, scale: float = 1.0) -> torch.Tensor:
+        """token_ids int64 [num_tokens] → rows of the table times `scale`, [num_tokens, hidden].
+
+        The scale is rounded to the working dtype before the product is, as Gemma was trained with.
+        """
         ...
 
-    def pack_vector(self, weight: StoredWeight) -> torch.Tensor:
-        """A norm's weight or the like, on the device, in the dtype the norm computes with."""
+    def pack_vector(self, weight: StoredWeight, offset: float = 0.0) -> torch.Tensor:
+        """A norm's weight plus `offset`, on the device, in a dtype the norm computes with. With an offset that is fp32,
+        whatever the working dtype: Gemma's 1 + w would lose most of w otherwise."""
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -128,21 +163,40 @@ class KernelBackend(Protocol):
         ...
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, scale: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rms_norm(x + residual), x + residual); both [num_tokens, hidden]. May overwrite its inputs."""
+        """(rms_norm(scale * x + residual), scale * x + residual); both [num_tokens, hidden]. May overwrite its
+        inputs."""
         ...
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """x + residual, both [num_tokens, hidden]. May overwrite `residual`."""
+    def norm_parts(self, x: torch.Tensor, weights: Sequence[torch.Tensor], eps: float) -> torch.Tensor:
+        """RMSNorm of neighbouring parts of each row, each on its own: the first len(weights[0]) columns, the next
+        len(weights[1]), and so on; the columns behind them stay. x [num_tokens, width] → the same, in place or not."""
+        ...
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """scale * x + residual, both [num_tokens, hidden]. May overwrite `residual`."""
         ...
 
     def select_rows(self, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Rows `indices`, int64 [n], of x [num_tokens, hidden] → [n, hidden]."""
         ...
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, 2 * n] → silu(first half) * second half, [num_tokens, n]."""
+    def gated(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """[num_tokens, 2 * n] → activation(first half) * second half, [num_tokens, n]."""
+        ...
+
+    def pack_experts(self, gate_up: Sequence[Sequence[StoredWeight]], down: Sequence[StoredWeight]) -> Any:
+        """Prepare the experts of a layer for `moe`. gate_up[e]: the parts of expert e's first matrix, together
+        [2 * inner, hidden], gate above up; down[e] [hidden, inner]. Released afterwards."""
+        ...
+
+    def moe(self, x: torch.Tensor, router_logits: torch.Tensor, experts: Any, spec: MoeSpec) -> torch.Tensor:
+        """The weighted sum of what each token's experts make of it: down(gated(gate_up(x))).
+
+        x [num_tokens, hidden], router_logits [num_tokens, num_experts] → [num_tokens, hidden]. A token's result does
+        not depend on which others are there, as far as the products it is made of do not.
+        """
         ...
 
     def plan_attention(self, inputs: AttentionInputs, spec: AttentionSpec, block_size: int) -> Any:
@@ -152,8 +206,8 @@ class KernelBackend(Protocol):
     def attention_workspace_bytes(
         self, spec: AttentionSpec, block_size: int, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int
     ) -> int:
-        """An upper estimate of what planning and attending allocate beside q, K/V and the output of a layer, over any
-        one step of so many tokens and rows whose longest sequence has `max_model_len`."""
+        """An upper estimate of what planning, attending and multiplying allocate beside q, K/V and the outputs, over
+        any one step of so many tokens and rows whose longest sequence has `max_model_len`."""
         ...
 
     def rope_and_write_kv(
@@ -163,8 +217,10 @@ class KernelBackend(Protocol):
         kv_layer: torch.Tensor,
         plan: Any,
         spec: AttentionSpec,
+        norms: QKNorms | None = None,
     ) -> torch.Tensor:
-        """Rotate q and k (half-split "neox" pairing), write k and v to their slots, return q.
+        """Norm the heads of q and k where the model does, rotate them (half-split "neox" pairing), write k and v to
+        their slots, return q.
 
         qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; rope_table fp32 [max_positions, rotary_dim],
         cosines in the first half of the last axis and sines in the second. → q [num_tokens, num_heads, head_dim].

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .kv_layout import KvLayout, kv_layout
-from .loader import check_weights
+from .loader import check_weights, stored_weights
 from .registry import model_family
 from .spec import ModelError, ModelSpec
 from .text import printable
@@ -37,6 +37,8 @@ class ModelHeader:
     spec: ModelSpec
     kv_layout: KvLayout
     num_parameters: int
+    weights: tuple[tuple[str, tuple[int, ...]], ...] | None = None
+    """Encoding and shape of every tensor. None: not known, and taken for plain floats."""
     stored_bytes: int | None
     """Size of the weights as stored. None: unknown."""
     refusal: str | None = None
@@ -89,6 +91,7 @@ def _of_gguf(path: Path, name: str, num_bytes: int) -> ModelHeader:
         source = open_gguf(path)
         try:
             num_parameters = check_weights(source)
+            weights = tuple(stored_weights(source))
         finally:
             source.close()
     except ModelError as error:
@@ -99,6 +102,7 @@ def _of_gguf(path: Path, name: str, num_bytes: int) -> ModelHeader:
         spec=source.spec,
         kv_layout=kv_layout(source.spec),
         num_parameters=num_parameters,
+        weights=weights,
         stored_bytes=num_bytes,
     )
 
@@ -109,6 +113,7 @@ def _of_directory(files: ModelFiles) -> ModelHeader:
         source = open_safetensors(files.path)
         try:
             num_parameters = check_weights(source)
+            weights = tuple(stored_weights(source))
         finally:
             source.close()
     except ModelError as error:
@@ -126,6 +131,7 @@ def _of_directory(files: ModelFiles) -> ModelHeader:
         spec=source.spec,
         kv_layout=kv_layout(source.spec),
         num_parameters=num_parameters,
+        weights=weights,
         stored_bytes=stored_bytes(files.path),
     )
 

@@ -22,8 +22,9 @@ def attention_spec(spec: ModelSpec, window: int = 0) -> AttentionSpec:
         num_heads=spec.num_attention_heads,
         num_kv_heads=spec.num_key_value_heads,
         head_dim=spec.head_dim,
-        scale=spec.head_dim**-0.5,
+        scale=spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale,
         window=window,
+        soft_cap=spec.attention_soft_cap,
     )
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+
+import torch
 
 from ..kernels.backend import KernelBackend
 from .registry import CausalLM, model_family
+from .sizes import size_text
 from .spec import ModelError, ModelSpec
+from .weights.quantized_weight import QuantizedWeight
 from .weights.source import WeightSource
+
+logger = logging.getLogger("octavo.model")
 
 
 def check_weights(source: WeightSource) -> int:
@@ -19,16 +26,13 @@ def check_weights(source: WeightSource) -> int:
     """
     expected = list(model_family(source.spec.architecture).parameters(source.spec))
     present = set(source.names())
-    _refuse_partial_bias(present)
     missing = [name for name, _ in expected if name not in present]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(
             f"the checkpoint lacks tensor {missing[0]}{more}; it is incomplete, or its config names the wrong model"
         )
-    unknown = sorted(
-        name for name in present.difference(name for name, _ in expected) if not _is_idle(name, source.spec)
-    )
+    unknown = sorted(name for name in present.difference(name for name, _ in expected) if not _is_idle(name, source))
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise ModelError(
@@ -45,18 +49,42 @@ def check_weights(source: WeightSource) -> int:
     return sum(math.prod(shape) for _, shape in expected)
 
 
-def _refuse_partial_bias(names: Collection[str]) -> None:
-    on_input = any(name.endswith((".q_proj.bias", ".k_proj.bias", ".v_proj.bias")) for name in names)
-    if on_input and not any(name.endswith(".o_proj.bias") for name in names):
-        raise ModelError("biases on q/k/v without o are not supported yet; choose another model")
+def stored_weights(source: WeightSource) -> list[tuple[str, tuple[int, ...]]]:
+    """Encoding and shape of every tensor that the family reads; call `check_weights` before."""
+    expected = model_family(source.spec.architecture).parameters(source.spec)
+    return [(source.weight(name).encoding, shape) for name, shape in expected]
 
 
-def _is_idle(name: str, spec: ModelSpec) -> bool:
-    """Whether a tensor changes nothing by going unread: RoPE's buffers of old checkpoints, copies of a tied table."""
-    return name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and spec.tie_word_embeddings)
+def _is_idle(name: str, source: WeightSource) -> bool:
+    """Whether a tensor changes nothing by going unread: RoPE's buffers of old checkpoints, copies of a tied table, and
+    the biases of zeros that GPTQ's packers give to every matrix."""
+    if name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and source.spec.tie_word_embeddings):
+        return True
+    matrix = f"{name.removesuffix('.bias')}.weight"
+    if not name.endswith(".bias") or matrix not in source.names():
+        return False
+    return (
+        isinstance(source.weight(matrix), QuantizedWeight) and not source.weight(name).dequantize(torch.float32).any()
+    )
+
+
+def _dequantized(source: WeightSource, dtype: torch.dtype) -> str | None:
+    """That weights take more memory than their files: of those that no backend keeps as they are stored."""
+    parameters = model_family(source.spec.architecture).parameters(source.spec)
+    weights = [source.weight(name) for name, _ in parameters]
+    encodings = sorted({weight.encoding for weight in weights if isinstance(weight, QuantizedWeight)})
+    if not encodings:
+        return None
+    num_bytes = sum(math.prod(weight.shape) for weight in weights) * dtype.itemsize
+    more = f" and {len(encodings) - 3} more" if len(encodings) > 3 else ""
+    name = str(dtype).removeprefix("torch.")
+    return f"weights are {', '.join(encodings[:3])}{more}; served dequantised to {name} ({size_text(num_bytes)})"
 
 
 def load_model(source: WeightSource, backend: KernelBackend, progress: Callable[[float], None]) -> CausalLM:
     """Build the model; call `check_weights` before. `progress` gets the share done, from 0 to 1."""
     spec: ModelSpec = source.spec
+    note = _dequantized(source, backend.dtype)
+    if note is not None:
+        logger.info(note)
     return model_family(spec.architecture)(spec, source, backend, progress)

@@ -211,6 +211,11 @@ def activation_bytes(spec: ModelSpec, request: CacheRequest, max_model_len: int)
         2 * spec.intermediate_size,
         (spec.num_attention_heads + 2 * spec.num_key_value_heads) * spec.head_dim,
     )
+    if spec.experts is not None:
+        # Each token is copied for each of its experts.
+        widest = max(
+            widest, 2 * spec.experts.num_experts_per_token * (spec.hidden_size + spec.experts.intermediate_size)
+        )
     per_token = (4 * spec.hidden_size + 2 * widest) * request.dtype.itemsize
     # Sampling holds a few fp32 copies of the logits of every drawing row.
     per_row = 6 * 4 * spec.vocab_size

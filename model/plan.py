@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from ..kernels.select import select_backend
+from ..kernels.select import fallback_note, label, select_backend
 from .header import ModelHeader
 from .kv_layout import KvLayout
 from .memory import CachePlan, FreeMemory, cache_request, fit_cache
@@ -99,6 +100,8 @@ class ModelPlan:
     header: ModelHeader
     request: PlanRequest
     backend_name: str
+    backend_note: str | None
+    """Why it is not the one made for the device."""
     context: int
     """As asked; else what the server lets a sequence grow to."""
     concurrency: int
@@ -147,7 +150,8 @@ def plan_model(header: ModelHeader, request: PlanRequest) -> ModelPlan:
     return ModelPlan(
         header=header,
         request=request,
-        backend_name=chosen.backend.name,
+        backend_name=label(chosen.backend),
+        backend_note=fallback_note(request.kernel_backend, request.device, request.dtype, header.spec.head_dim),
         context=context,
         concurrency=concurrency,
         chosen=by_dtype[KV_DTYPES.index(request.dtype)],
@@ -176,14 +180,24 @@ class _Planner:
     def __init__(self, header: ModelHeader, request: PlanRequest, dtype: torch.dtype) -> None:
         """Raises ModelError for an unknown backend."""
         try:
-            self.backend = select_backend(request.kernel_backend, request.device, dtype)
+            self.backend = select_backend(request.kernel_backend, request.device, dtype, header.spec.head_dim)
         except ValueError as error:
             raise ModelError(str(error)) from error
         self._header = header
         self._request = request
         self._dtype = dtype
-        self.weight_bytes = header.num_parameters * dtype.itemsize
+        self.weight_bytes = (
+            header.num_parameters * dtype.itemsize
+            if header.weights is None
+            else self.backend.weight_bytes(header.weights)
+        )
         self._free = request.free.less(self.weight_bytes)
+
+    @property
+    def keeps_quantised(self) -> bool:
+        """Whether the backend multiplies quantised weights as they are stored."""
+        sample = (2**16, 2**14)
+        return self.backend.weight_bytes([("Q4_0", sample)]) < math.prod(sample) * self._dtype.itemsize
 
     def sequence_bytes(self, context: int) -> int:
         return self._header.kv_layout.sequence_bytes(context, self._request.block_size, self._dtype.itemsize)
@@ -293,11 +307,13 @@ def _what_would_fit(request: PlanRequest, planners: dict[torch.dtype, _Planner])
         return f"{' or '.join(fitting)} would fit"
     if almost:
         return almost
-    # Weights are served in the working dtype, so a quantised file saves disk and not memory.
+    planner = planners[request.dtype]
+    if planner.keeps_quantised:
+        return "no dtype fits; choose a smaller model, a file of fewer bits per weight (GGUF), or more memory"
     most = request.free.free_bytes // min(dtype.itemsize for dtype in KV_DTYPES)
     return (
-        "no dtype fits, nor would a quantised file, because weights are served unquantised; choose a model of less "
-        f"than {most / 1e9:.1f} billion parameters, or more memory"
+        f"no dtype fits, nor would a quantised file, because the {planner.backend.name} backend keeps weights "
+        f"unquantised; choose a model of less than {most / 1e9:.1f} billion parameters, or more memory"
     )
 
 

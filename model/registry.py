@@ -1,4 +1,4 @@
-"""Which families are known. A new one is a file like llama.py and a line here."""
+"""Which families are known. A new one is a file in families/, a line here, and entries in weights/*_families.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from typing import Any, Protocol
 import torch
 
 from ..kernels.backend import KernelBackend
+from .families.gemma import Gemma2ForCausalLM, Gemma3ForCausalLM
+from .families.llama import LlamaForCausalLM
+from .families.mixtral import MixtralForCausalLM
+from .families.olmo import Olmo2ForCausalLM, OlmoeForCausalLM
+from .families.phi3 import Phi3ForCausalLM
+from .families.qwen3 import Qwen3ForCausalLM
 from .layer_groups import LayerGroup
-from .llama import LlamaForCausalLM
 from .spec import ModelError, ModelSpec
 from .text import one_line
 from .weights.source import WeightSource
@@ -53,7 +58,18 @@ class ModelFamily(Protocol):
 
 
 _FAMILIES: dict[str, ModelFamily] = {
+    "Gemma2ForCausalLM": Gemma2ForCausalLM,
+    "Gemma3ForCausalLM": Gemma3ForCausalLM,
+    "GraniteForCausalLM": LlamaForCausalLM,
     "LlamaForCausalLM": LlamaForCausalLM,
+    "MistralForCausalLM": LlamaForCausalLM,
+    "MixtralForCausalLM": MixtralForCausalLM,
+    "Olmo2ForCausalLM": Olmo2ForCausalLM,
+    "OlmoeForCausalLM": OlmoeForCausalLM,
+    "Phi3ForCausalLM": Phi3ForCausalLM,
+    "Qwen2ForCausalLM": LlamaForCausalLM,
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+    "Qwen3MoeForCausalLM": Qwen3ForCausalLM,
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,8 +10,15 @@ from typing import Any
 
 import torch
 
-from ..kernels.backend import RecordingBackend
-from ..kernels.select import as_device_backend, as_drawing_backend, as_recording_backend, select_backend
+from ..kernels.backend import RecordingBackend, StepFunction
+from ..kernels.select import (
+    as_device_backend,
+    as_drawing_backend,
+    as_recording_backend,
+    fallback_note,
+    label,
+    select_backend,
+)
 from ..scheduler.batch import BlockCopy, ScheduledBatch, StepResult
 from .block_tables import BlockTables
 from .config import ModelConfig
@@ -21,14 +27,12 @@ from .device import resolve_device, resolve_dtype
 from .drawn import Drawn
 from .forward_batch import ForwardBatch, build_forward_batch
 from .kv_cache import allocate_pools, layers_of
-from .loader import check_weights, load_model
+from .loader import check_weights, load_model, stored_weights
 from .memory import DEFAULT_BATCHED_TOKENS, CachePlan, cache_request, is_out_of_memory, plan_cache
 from .sampler import Sampler
 from .spec import ModelError
 from .weights.open import open_weights
 from .weights.source import WeightSource
-
-logger = logging.getLogger("octavo.model")
 
 _SMALLER_WEIGHTS = "free some memory, or choose a smaller model, dtype bfloat16 or another device"
 
@@ -60,6 +64,8 @@ class ModelRunner:
     ) -> None:
         """Load the model; `progress` gets a phase's name and the share of it done. `source` replaces the one that
         `config.path` names. Raises ModelError if the model or the device cannot be used as asked."""
+        self.notes: list[str] = []
+        """One line each: what is not as it might be, and why."""
         self.phases: dict[str, float] = {}
         """Seconds spent in each phase of the start."""
         report = progress or (lambda phase, share: None)
@@ -68,22 +74,27 @@ class ModelRunner:
         dtype = resolve_dtype(config.dtype, self._device)
         with self._phase("open", report):
             source = source or open_weights(config.path, config.load_format)
-            num_parameters = check_weights(source)
+            check_weights(source)
         self.spec = source.spec
-        self.weight_bytes = num_parameters * dtype.itemsize
-        """Weights in the working dtype."""
         with self._phase("load", report), torch.inference_mode():
             try:
-                self.backend = select_backend(config.kernel_backend, self._device, dtype)
+                self.backend = select_backend(config.kernel_backend, self._device, dtype, self.spec.head_dim)
             except ValueError as error:
                 raise ModelError(str(error)) from error
+            note = fallback_note(config.kernel_backend, self._device, dtype, self.spec.head_dim)
+            if note is not None:
+                self.notes.append(note)
+            self.weights = stored_weights(source)
+            """Encoding and shape of each, in the order in which the family lists them."""
+            self.weight_bytes = self.backend.weight_bytes(self.weights)
+            """As the backend keeps them."""
             with _needing_memory(f"the weights ({self.weight_bytes / 2**30:.2f} GiB)", _SMALLER_WEIGHTS):
                 self._model = load_model(source, self.backend, lambda share: report("load", share))
                 self._sampler = Sampler(self.spec.vocab_size, self._device, as_drawing_backend(self.backend))
         self._block_tables = [BlockTables(group) for group in range(len(self._model.layer_groups))]
         self._kv_pools: tuple[torch.Tensor, ...] = ()
         self._kv_layers: list[torch.Tensor] = []
-        self._step: Callable[[torch.Tensor, Sequence[Any], torch.Tensor], torch.Tensor] = self._compute
+        self._step: StepFunction = self._compute
         self._decode: DecodeAhead | None = None
 
     @contextmanager
@@ -93,6 +104,11 @@ class ModelRunner:
         yield
         self.phases[name] = time.perf_counter() - started
         report(name, 1.0)
+
+    @property
+    def backend_label(self) -> str:
+        """Which kernels serve, for messages."""
+        return label(self.backend)
 
     @property
     def default_max_num_batched_tokens(self) -> int:
@@ -128,7 +144,8 @@ class ModelRunner:
         recording_backend = as_recording_backend(self.backend)
         if recording_backend is not None:
             self._record(recording_backend, max_num_seqs, max_num_batched_tokens)
-        device_backend = as_device_backend(self.backend)
+        # Which experts a step needs only its tokens tell, so such a step cannot be captured.
+        device_backend = as_device_backend(self.backend) if self.spec.experts is None else None
         if device_backend is not None:
             self._decode = DecodeAhead(
                 self._model,
@@ -219,7 +236,8 @@ class ModelRunner:
     @torch.inference_mode()
     def forward_logits(self, batch: ScheduledBatch) -> torch.Tensor:
         """Logits [num_drawing, vocab] of the rows that draw, before any processing."""
-        return self._forward(build_forward_batch(batch, self.block_size, self._device, self._block_tables))
+        # A recorded step's next run writes where this one has.
+        return self._forward(build_forward_batch(batch, self.block_size, self._device, self._block_tables)).clone()
 
     def _forward(self, batch: ForwardBatch) -> torch.Tensor:
         plans = tuple(
@@ -228,8 +246,8 @@ class ModelRunner:
         )
         return self._step(batch.token_ids, plans, batch.logits_indices)
 
-    def _compute(self, token_ids: torch.Tensor, plans: Sequence[Any], logits_indices: torch.Tensor) -> torch.Tensor:
-        """One step; `plans`: of each layer group."""
+    def _compute(self, token_ids: torch.Tensor, plans: tuple[Any, ...], logits_indices: torch.Tensor) -> torch.Tensor:
+        """One step; a `StepFunction`."""
         hidden = self._model.forward(token_ids, plans, self.kv_layers)  # [num_tokens, hidden]
         if not logits_indices.numel():
             return hidden.new_empty((0, self.spec.vocab_size))
@@ -239,17 +257,16 @@ class ModelRunner:
     def _record(self, backend: RecordingBackend, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         # One more than sequences: the probe after a failure brings one of its own.
         max_num_logits = min(max_num_seqs, max_num_batched_tokens) + 1
-        step = None
-        if self.num_groups == 1:  # a recorded step knows one plan
-            step = backend.record(
-                lambda token_ids, plan, logits_indices: self._compute(token_ids, (plan,), logits_indices),
-                max_num_tokens=max_num_batched_tokens,
-                max_num_logits=max_num_logits,
-            )
+        step = backend.record(
+            self._compute,
+            max_num_tokens=max_num_batched_tokens,
+            max_num_logits=max_num_logits,
+            num_groups=self.num_groups,
+        )
         if step is None:
-            logger.warning("this model runs operator by operator: its steps cannot be recorded")
+            self.notes.append("steps run operator by operator: this model's cannot be recorded")
         else:
-            self._step = lambda token_ids, plans, logits_indices: step(token_ids, plans[0], logits_indices)
+            self._step = step
 
 
 @dataclass(slots=True)

@@ -6,6 +6,7 @@ which reproduces what each model was trained with.
 
 from __future__ import annotations
 
+import array
 import logging
 from dataclasses import dataclass
 from functools import partial
@@ -52,7 +53,7 @@ class _Split:
 _GPT2 = _Split()
 _DIGITS = _Split(single_digits=True)
 _SPLITS: dict[str, _Split] = {
-    **dict.fromkeys(("default", "gpt-2", "gpt2", "phi-2", "jina-es", "jina-de"), _GPT2),
+    **dict.fromkeys(("default", "gpt-2", "gpt2", "phi-2", "jina-es", "jina-de", "olmo", "mpt"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _DIGITS),
     **dict.fromkeys(
         ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2"),
@@ -89,9 +90,11 @@ def build_gguf_tokenizer(file: GgufFile) -> GgufTokenizer:
             backend, add_bos = _byte_level(file, pieces)
         elif kind == "llama":
             backend, add_bos = _sentencepiece(file, pieces), True
+        elif kind == "t5":
+            backend, add_bos = _unigram(file, pieces), False
         else:
             raise ModelError(
-                f"{file.path.name}: the tokenizer {kind[:40]!r} is not supported (gpt2 and llama are); "
+                f"{file.path.name}: the tokenizer {kind[:40]!r} is not supported (gpt2, llama and t5 are); "
                 "use the model's safetensors directory"
             )
         _add_special_tokens(file, pieces, backend)
@@ -159,11 +162,8 @@ def _merges(file: GgufFile, lines: list[str]) -> list[tuple[str, str]]:
 
 def _sentencepiece(file: GgufFile, pieces: list[str]) -> Tokenizer:
     """SentencePiece's BPE: no merges are stored, so they are recovered from the pieces' scores."""
-    scores = file.metadata.get("tokenizer.ggml.scores")
-    if scores is None or isinstance(scores, (bool, int, float, str)) or len(scores) != len(pieces):
-        raise ModelError(f"{file.path.name}: the vocabulary has no scores; convert the model to GGUF again")
     vocab = {piece: token_id for token_id, piece in enumerate(pieces)}
-    merges = _merges_from_scores(vocab, [float(score) for score in scores])
+    merges = _merges_from_scores(vocab, _scores(file, pieces))
     unknown = _special_id(file, len(pieces), "unknown_token_id")
     backend = Tokenizer(
         models.BPE(
@@ -174,14 +174,42 @@ def _sentencepiece(file: GgufFile, pieces: list[str]) -> Tokenizer:
             byte_fallback=True,
         )
     )
-    # As sentencepiece does it: a space goes before the text, whatever it begins with, and every space shows as U+2581.
+    _show_spaces(file, backend, [])
+    return backend
+
+
+def _show_spaces(file: GgufFile, backend: Tokenizer, before: list[normalizers.Normalizer]) -> None:
+    """As sentencepiece does it: a space goes before the text, whatever it begins with, and every space shows as U+2581.
+    `before`: what is done to a text first."""
     steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
     ending: list[decoders.Decoder] = []
     if _flag(file, "tokenizer.ggml.add_space_prefix", True):
         steps.insert(0, normalizers.Prepend("▁"))
         ending.append(decoders.Strip(" ", 1, 0))
-    backend.normalizer = normalizers.Sequence(steps)
+    backend.normalizer = normalizers.Sequence([*before, *steps])
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *ending])
+
+
+def _scores(file: GgufFile, pieces: list[str]) -> list[float]:
+    scores = file.metadata.get("tokenizer.ggml.scores")
+    if scores is None or isinstance(scores, (bool, int, float, str)) or len(scores) != len(pieces):
+        raise ModelError(f"{file.path.name}: the vocabulary has no scores; convert the model to GGUF again")
+    return [float(score) for score in scores]
+
+
+def _unigram(file: GgufFile, pieces: list[str]) -> Tokenizer:
+    """SentencePiece's unigram model (Kudo 2018): the likeliest way to cut a text, by the pieces' log probabilities."""
+    unknown = _special_id(file, len(pieces), "unknown_token_id")
+    has_bytes = "<0x00>" in pieces
+    vocab = list(zip(pieces, _scores(file, pieces), strict=True))
+    backend = Tokenizer(models.Unigram(vocab, unk_id=unknown, byte_fallback=has_bytes))
+    before: list[normalizers.Normalizer] = []
+    charsmap = file.metadata.get("tokenizer.ggml.precompiled_charsmap")
+    if isinstance(charsmap, array.array) and len(charsmap):
+        before.append(normalizers.Precompiled(bytes(byte & 0xFF for byte in charsmap)))
+    if _flag(file, "tokenizer.ggml.remove_extra_whitespaces", False):
+        before += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    _show_spaces(file, backend, before)
     return backend
 
 
@@ -189,11 +217,11 @@ def _merges_from_scores(vocab: dict[str, int], scores: list[float]) -> list[tupl
     """Every way to make a piece out of two others, best score first (as transformers' generate_merges orders them)."""
     found: list[tuple[float, str, str]] = []
     for piece, token_id in vocab.items():
-        pairs = [
-            (piece[:cut], piece[cut:]) for cut in range(1, len(piece)) if piece[:cut] in vocab and piece[cut:] in vocab
-        ]
-        pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-        found += [(scores[token_id], left, right) for left, right in pairs]
+        score = scores[token_id]
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in vocab and right in vocab:
+                found.append((score, left, right))
     found.sort(key=lambda merge: (merge[0], len(merge[1]), len(merge[2])), reverse=True)
     return [(left, right) for _, left, right in found]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..model.config import Device, DType, ModelConfig
+from ..model.config import Device, DType, LoadFormat, ModelConfig
 from ..model.weights.resolve import resolve_model
 from ..scheduler.batch import TokenLogprobs
 from ..scheduler.config import CacheConfig, SchedulerConfig
@@ -87,6 +87,8 @@ class LLM:
         *,
         device: Device = "auto",
         dtype: DType = "auto",
+        load_format: LoadFormat = "auto",
+        kernel_backend: str = "auto",
         max_model_len: int | None = None,
         block_size: int = 32,
         kv_cache_memory: int | None = None,
@@ -99,12 +101,18 @@ class LLM:
         Raises ModelError (one line, with the mend) if the model cannot be served."""
         from .engine.startup import build_engine  # imports torch, which the HTTP process must not
 
-        files = resolve_model(model)
+        files = resolve_model(model, needs_weights=load_format != "dummy")
         self.tokenizer = load_tokenizer(files)
         core, self.ready = build_engine(
             EngineConfig(
                 model=ModelConfig(
-                    path=str(files.path), dtype=dtype, device=device, max_model_len=max_model_len, seed=seed
+                    path=str(files.path),
+                    load_format=load_format,
+                    dtype=dtype,
+                    device=device,
+                    max_model_len=max_model_len,
+                    kernel_backend=kernel_backend,
+                    seed=seed,
                 ),
                 cache=CacheConfig(
                     block_size=block_size,

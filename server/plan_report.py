@@ -46,7 +46,7 @@ def expected_ready(plan: ModelPlan, values: Mapping[str, Any]) -> EngineReady:
         device=str(request.device),
         backend=plan.backend_name,
         phases={},
-        notes=list(plan.cache.notes),
+        notes=[*([plan.backend_note] if plan.backend_note else []), *plan.cache.notes],
     )
 
 

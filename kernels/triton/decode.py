@@ -1,6 +1,6 @@
 """Paged decode attention: one new query per sequence, over its blocks in the pool.
 
-    grid (sequence, K/V head, split)      a program: the query heads of one K/V head, over one chunk of the context
+    unit (chunk of a sequence, K/V head)  the query heads of that K/V head, over one chunk of the context
 
     context   |-- chunk 0 --|-- chunk 1 --|-- chunk 2 ·|      chunks have a fixed length, whatever else is in the batch
     tiles      ▇▇▇▇▇▇▇▇▇▇▇▇▇ ▇▇▇▇▇▇▇▇▇▇▇▇▇ ▇▇▇▇▇▇▒            ▒: the only tile that needs a mask
@@ -11,8 +11,12 @@ program leaves a partial result with its log-sum-exp, and a second kernel joins 
 head are rows of one tile (GQA packing), so K and V are read once for all of them; where nothing is shared (MHA)
 products are taken element by element.
 
-The grid covers as many splits as the longest sequence that the launch may see; programs beyond a sequence's end leave
-at once, so that a captured launch serves all lengths up to that.
+Which chunks there are is listed on the device, once per step for all layers (`list_chunks`), and programs walk through
+the units of that list in turn. A captured launch thus serves all lengths up to the longest that it was planned for, and
+one long sequence costs short neighbours nothing: a grid over (sequence, head, chunk) would start a program for every
+chunk that the longest one has, for each of them. With one of 32k tokens among 256 and 8 K/V heads that is 131072
+programs for 2552 units; at about 1 µs for a program that finds nothing to do, and four at a time on each of 132
+multiprocessors, a quarter of a millisecond per layer. Here it is at most `_MAX_PROGRAMS` of them, hence below 4 µs.
 """
 
 from __future__ import annotations
@@ -31,6 +35,11 @@ _MIN_DOT_ROWS = 16
 """Rows that a matrix unit multiplies at least."""
 _JOINED_SPLITS = 16
 """Partial results that the second kernel joins at a time."""
+_MAX_PROGRAMS = 2048
+"""Three or four for each that a large card runs at once, so that early ones that got more to do end no later."""
+_LISTED_ROWS = 256
+_LISTED_CHUNKS = 64
+"""Of `list_kernel`, at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +57,23 @@ class DecodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecodeWorkspace:
-    """Partial results of a launch of at most `num_rows` sequences of `max_splits` chunks."""
+    """The chunks of a step of at most `num_rows` sequences of `max_splits` chunks, and partial results of a launch."""
 
-    partial: torch.Tensor  # fp32, at least [num_rows, num_heads, max_splits, head_dim]
-    lse: torch.Tensor  # fp32, at least [num_rows, num_heads, max_splits], log2 of each part's sum of exponentials
+    chunks: torch.Tensor  # int64 [num_rows * max_splits], row << 32 | split; rows in order, and their splits
+    chunk_starts: torch.Tensor  # int32 [num_rows + 1], where each row's chunks begin, and how many there are
+    partial: torch.Tensor  # fp32 [num_rows * max_splits, num_heads, head_dim]
+    lse: torch.Tensor  # fp32 [num_rows * max_splits, num_heads], log2 of each part's sum of exponentials
     max_splits: int
 
     @classmethod
     def allocate(cls, num_rows: int, max_splits: int, spec: AttentionSpec, device: torch.device) -> DecodeWorkspace:
-        # A single split is never written here.
-        rows = num_rows if max_splits > 1 else 0
-        shape = (rows, spec.num_heads, max_splits)
+        # A single split is never written as a part.
+        parts = num_rows * max_splits if max_splits > 1 else 0
         return cls(
-            torch.empty((*shape, spec.head_dim), dtype=torch.float32, device=device),
-            torch.empty(shape, dtype=torch.float32, device=device),
+            torch.empty(num_rows * max_splits, dtype=torch.int64, device=device),
+            torch.empty(num_rows + 1, dtype=torch.int32, device=device),
+            torch.empty((parts, spec.num_heads, spec.head_dim), dtype=torch.float32, device=device),
+            torch.empty((parts, spec.num_heads), dtype=torch.float32, device=device),
             max_splits,
         )
 
@@ -77,24 +89,66 @@ def max_splits(max_kv_len: int, window: int, chunk: int) -> int:
 
 
 @triton.jit
-def decode_kernel(q_ptr, layer_ptr, tables_ptr, kv_lens_ptr, out_ptr, partial_ptr, lse_ptr, q_stride, table_stride,
-                  block_stride, v_offset, scale, max_splits, GROUP: tl.constexpr, ROWS: tl.constexpr,
-                  WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-                  BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-                  PRECISION: tl.constexpr):  # fmt: skip
-    """One chunk of one sequence for the GROUP query heads of one K/V head, padded to ROWS."""
-    row = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    num_heads = tl.num_programs(1) * GROUP
-    kv_len = tl.load(kv_lens_ptr + row).to(tl.int32)
+def _first_key(kv_len, WINDOW: tl.constexpr):
+    """The first position that the newest query sees."""
     first = 0
     if WINDOW > 0:
         first = tl.maximum(kv_len - WINDOW, 0)
+    return first
+
+
+@triton.jit(do_not_specialize_on_alignment=["kv_lens_ptr"])
+def list_kernel(kv_lens_ptr, chunks_ptr, starts_ptr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+                CHUNKS: tl.constexpr):  # fmt: skip
+    """The chunks of one row, behind those of the rows before it; ROWS lengths are read and CHUNKS written at a time."""
+    row = tl.program_id(0)
+    before = tl.zeros([ROWS], tl.int32)
+    for first_row in range(0, row, ROWS):
+        rows = first_row + tl.arange(0, ROWS)
+        lens = tl.load(kv_lens_ptr + rows, mask=rows < row, other=0).to(tl.int32)
+        before += tl.cdiv(lens, CHUNK) - _first_key(lens, WINDOW) // CHUNK
+    start = tl.sum(before, axis=0)
+    kv_len = tl.load(kv_lens_ptr + row).to(tl.int32)
+    count = tl.cdiv(kv_len, CHUNK) - _first_key(kv_len, WINDOW) // CHUNK
+    for first_split in range(0, count, CHUNKS):
+        splits = first_split + tl.arange(0, CHUNKS)
+        tl.store(chunks_ptr + start + splits, (row.to(tl.int64) << 32) | splits, mask=splits < count)
+    tl.store(starts_ptr + row, start)
+    if row == tl.num_programs(0) - 1:
+        tl.store(starts_ptr + row + 1, start + count)
+
+
+# What differs from batch to batch must not be compiled anew for being 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["table_stride", "num_rows"], do_not_specialize_on_alignment=["kv_lens_ptr"])
+def decode_kernel(q_ptr, layer_ptr, tables_ptr, kv_lens_ptr, chunks_ptr, starts_ptr, out_ptr, partial_ptr, lse_ptr,
+                  num_rows, q_stride, table_stride, block_stride, v_offset, scale, NUM_KV_HEADS: tl.constexpr,
+                  GROUP: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
+                  CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+                  DIM_PAD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Every so many units, each one chunk of one sequence for the GROUP query heads of one K/V head, padded to ROWS."""
+    # K/V heads of a chunk lie side by side in the pool, and are read by programs that run at the same time.
+    num_units = tl.load(starts_ptr + num_rows) * NUM_KV_HEADS
+    # What the units share is computed anew for each: carried along, it would take registers of the loops within.
+    for unit in tl.range(tl.program_id(0), num_units, tl.num_programs(0), disable_licm=True):
+        chunk = tl.load(chunks_ptr + unit // NUM_KV_HEADS)
+        _decode_unit(
+            q_ptr, layer_ptr, tables_ptr, kv_lens_ptr, out_ptr, partial_ptr, lse_ptr, unit, chunk >> 32,
+            (chunk & 0x7FFFFFFF).to(tl.int32), q_stride, table_stride, block_stride, v_offset, scale, NUM_KV_HEADS,
+            GROUP, ROWS, WINDOW, SOFT_CAP, CHUNK, TILE, BLOCK_SIZE, HEAD_DIM, DIM_PAD, PRECISION)  # fmt: skip
+
+
+@triton.jit
+def _decode_unit(q_ptr, layer_ptr, tables_ptr, kv_lens_ptr, out_ptr, partial_ptr, lse_ptr, unit, row, split, q_stride,
+                 table_stride, block_stride, v_offset, scale, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+                 ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, CHUNK: tl.constexpr,
+                 TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """One unit: `row` int64, `split` counts the chunks of the row that are not wholly outside its window."""
+    kv_head = unit % NUM_KV_HEADS
+    kv_len = tl.load(kv_lens_ptr + row).to(tl.int32)
+    first = _first_key(kv_len, WINDOW)
     # Chunks stand at multiples of their length in the sequence, also where a window hides the first ones.
     chunk_start = (first // CHUNK + split) * CHUNK
-    if chunk_start >= kv_len:
-        return
     end = tl.minimum(chunk_start + CHUNK, kv_len)
     heads = tl.arange(0, ROWS)
     dims = tl.arange(0, DIM_PAD)
@@ -127,35 +181,33 @@ def decode_kernel(q_ptr, layer_ptr, tables_ptr, kv_lens_ptr, out_ptr, partial_pt
     result = acc / total[:, None]
     num_splits = tl.cdiv(kv_len, CHUNK) - first // CHUNK
     if num_splits == 1:
-        tl.store(out_ptr + row * (num_heads * HEAD_DIM) + head_offsets, result.to(out_ptr.dtype.element_ty), mask=real)
+        out_ptrs = out_ptr + row * (NUM_KV_HEADS * GROUP * HEAD_DIM) + head_offsets
+        tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=real)
     else:
-        parts = (row * num_heads + kv_head * GROUP + heads) * max_splits + split  # int64 [M]
+        parts = tl.cast(unit, tl.int64) * GROUP + heads  # [M], as units are in the order (chunk, K/V head)
         tl.store(partial_ptr + parts[:, None] * HEAD_DIM + dims[None, :], result, mask=real)
         tl.store(lse_ptr + parts, maximum + tl.log2(total), mask=heads < GROUP)
 
 
 @triton.jit
-def join_kernel(partial_ptr, lse_ptr, kv_lens_ptr, out_ptr, max_splits, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-                SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PAD: tl.constexpr):  # fmt: skip
+def join_kernel(partial_ptr, lse_ptr, starts_ptr, out_ptr, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr,
+                DIM_PAD: tl.constexpr):  # fmt: skip
     """The parts of one query head of one sequence, SPLITS at a time, into its output."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    kv_len = tl.load(kv_lens_ptr + row).to(tl.int32)
-    first = 0
-    if WINDOW > 0:
-        first = tl.maximum(kv_len - WINDOW, 0)
-    num_splits = tl.cdiv(kv_len, CHUNK) - first // CHUNK
+    num_heads = tl.num_programs(1)
+    start = tl.load(starts_ptr + row)
+    num_splits = tl.load(starts_ptr + row + 1) - start
     if num_splits <= 1:
         return  # written already, or a padded row without a sequence
     dims = tl.arange(0, DIM_PAD)
-    place = row * tl.num_programs(1) + head
     maximum = float("-inf")
     total = 0.0
     acc = tl.zeros([DIM_PAD], tl.float32)
-    for start in range(0, num_splits, SPLITS):
-        splits = start + tl.arange(0, SPLITS)
+    for first_split in range(0, num_splits, SPLITS):
+        splits = first_split + tl.arange(0, SPLITS)
         real = splits < num_splits
-        parts = place * max_splits + splits
+        parts = (start + splits).to(tl.int64) * num_heads + head
         lse = tl.load(lse_ptr + parts, mask=real, other=float("-inf"))  # [S]
         part_ptrs = partial_ptr + parts[:, None] * HEAD_DIM + dims[None, :]
         values = tl.load(part_ptrs, mask=real[:, None] & (dims[None, :] < HEAD_DIM), other=0.0)  # [S, D]
@@ -165,8 +217,15 @@ def join_kernel(partial_ptr, lse_ptr, kv_lens_ptr, out_ptr, max_splits, WINDOW: 
         total = total * rescale + tl.sum(weights, axis=0)
         acc = acc * rescale + tl.sum(weights[:, None] * values, axis=0)
         maximum = new_maximum
-    out_ptrs = out_ptr + place * HEAD_DIM + dims
+    out_ptrs = out_ptr + (row * num_heads + head) * HEAD_DIM + dims
     tl.store(out_ptrs, (acc / total).to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+
+
+def list_chunks(kv_lens: torch.Tensor, workspace: DecodeWorkspace, spec: AttentionSpec, config: DecodeConfig) -> None:
+    """Write down the chunks of rows of these lengths, integers [num_rows], for launches of `paged_decode`."""
+    list_kernel[(kv_lens.shape[0],)](
+        kv_lens, workspace.chunks, workspace.chunk_starts, WINDOW=spec.window, CHUNK=config.chunk, ROWS=_LISTED_ROWS,
+        CHUNKS=_LISTED_CHUNKS, num_warps=1)  # fmt: skip
 
 
 def paged_decode(
@@ -178,30 +237,48 @@ def paged_decode(
     workspace: DecodeWorkspace,
     spec: AttentionSpec,
     config: DecodeConfig,
+    *,
+    listed: bool = False,
 ) -> None:
     """Attention of one query per row, into `out`.
 
     q [num_rows, num_heads, head_dim], its heads contiguous; layer [num_blocks, 2, num_kv_heads, block_size, head_dim],
     contiguous within a block; block_tables int32 [num_rows, max_blocks]; kv_lens int32 [num_rows], 0 for a row to be
-    left alone; out [num_rows, num_heads * head_dim], contiguous.
+    left alone; out [num_rows, num_heads * head_dim], contiguous. `listed`: `list_chunks` has seen these lengths; a
+    layer alone may leave it to this call.
     """
+    if not listed:
+        list_chunks(kv_lens, workspace, spec, config)
     num_rows = q.shape[0]
     constants = attention_constants(spec, layer.shape[3], q.dtype)
-    decode_kernel[(num_rows, spec.num_kv_heads, workspace.max_splits)](
-        q, layer, block_tables, kv_lens, out, workspace.partial, workspace.lse, q.stride(0), block_tables.stride(0),
-        layer.stride(0), layer.stride(1), spec.scale, workspace.max_splits, ROWS=decode_rows(spec), CHUNK=config.chunk,
-        TILE=config.tile, num_warps=config.num_warps, num_stages=config.num_stages, **constants)  # fmt: skip
+    max_units = num_rows * workspace.max_splits * spec.num_kv_heads
+    decode_kernel[(min(max_units, _MAX_PROGRAMS),)](
+        q, layer, block_tables, kv_lens, workspace.chunks, workspace.chunk_starts, out, workspace.partial,
+        workspace.lse, num_rows, q.stride(0), block_tables.stride(0), layer.stride(0), layer.stride(1), spec.scale,
+        NUM_KV_HEADS=spec.num_kv_heads, ROWS=decode_rows(spec), CHUNK=config.chunk, TILE=config.tile,
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=_max_registers(spec, q.dtype, config),
+        **constants)  # fmt: skip
     if workspace.max_splits > 1:
         join_kernel[(num_rows, spec.num_heads)](
-            workspace.partial, workspace.lse, kv_lens, out, workspace.max_splits, WINDOW=spec.window,
-            CHUNK=config.chunk, SPLITS=_JOINED_SPLITS, HEAD_DIM=spec.head_dim, DIM_PAD=constants["DIM_PAD"],
-            num_warps=4)  # fmt: skip
+            workspace.partial, workspace.lse, workspace.chunk_starts, out, SPLITS=_JOINED_SPLITS,
+            HEAD_DIM=spec.head_dim, DIM_PAD=constants["DIM_PAD"], num_warps=4)  # fmt: skip
 
 
 def decode_rows(spec: AttentionSpec) -> int:
     """Rows of a program's query tile: one without sharing, else as many as a matrix unit needs."""
     group = spec.num_heads // spec.num_kv_heads
     return 1 if group == 1 else max(_MIN_DOT_ROWS, int(triton.next_power_of_2(group)))
+
+
+def _max_registers(spec: AttentionSpec, dtype: torch.dtype, config: DecodeConfig) -> int | None:
+    """Of a thread, as compiles show it (bench/aot.py): so that three programs of 128 threads with large heads, and four
+    without sharing, run on a multiprocessor at once. Left alone, the assembler takes a few too many in the one case,
+    and spills to save more in the other; where it does well by itself, a limit makes it spill."""
+    if dtype is torch.float32 or config.num_warps != 4:
+        return None
+    if spec.head_dim > 128:
+        return 168
+    return 128 if spec.num_heads == spec.num_kv_heads else None
 
 
 def attention_constants(spec: AttentionSpec, block_size: int, dtype: torch.dtype) -> dict[str, object]:

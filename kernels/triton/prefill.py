@@ -40,7 +40,12 @@ class PrefillConfig:
     """Below 3, loads through a block table are not pipelined."""
 
 
-@triton.jit
+# What differs from batch to batch must not be compiled anew for being 1 or a multiple of 16; the small tensors may be
+# parts of larger ones, and are read number by number.
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["kv_lens_ptr", "query_starts_ptr", "tile_rows_ptr", "tile_firsts_ptr"],
+)
 def prefill_kernel(q_ptr, layer_ptr, tables_ptr, kv_lens_ptr, query_starts_ptr, tile_rows_ptr, tile_firsts_ptr, out_ptr,
                    q_stride, table_stride, block_stride, v_offset, scale, GROUP: tl.constexpr, ROWS: tl.constexpr,
                    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,

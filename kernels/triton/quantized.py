@@ -39,6 +39,8 @@ _WANTED_PROGRAMS = 512
 """Programs that keep a large GPU's memory busy: four on each of its multiprocessors."""
 _MIN_SPLIT_VALUES = 1024
 """Inputs of a split; with fewer, writing and reading partial sums would rival reading the weights."""
+SCRATCH_BYTES = 2**26
+"""Of a `DenseScratch`, unless told otherwise: pieces large enough that torch's product runs at its speed."""
 _DENSE_TILE_ROWS = 32
 _SUM_TILE = 512
 
@@ -257,7 +259,7 @@ def _form_constants(matrix: PackedMatrix) -> dict[str, int]:
 class DenseScratch:
     """Memory for weights that are made dense for one product; one for all layers, whose products follow each other."""
 
-    def __init__(self, device: torch.device, num_bytes: int = 2**26) -> None:
+    def __init__(self, device: torch.device, num_bytes: int = SCRATCH_BYTES) -> None:
         self._bytes = torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
     def max_rows(self, width: int, dtype: torch.dtype) -> int:

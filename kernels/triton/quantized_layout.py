@@ -137,6 +137,11 @@ def pack(parts: Sequence[StoredWeight], device: torch.device) -> PackedMatrix:
     return packed
 
 
+def packed_bytes(encoding: str, shape: tuple[int, ...]) -> int:
+    """What `pack` makes of one matrix of an encoding that has a form; merged ones share their padding."""
+    return _allocate(_ENCODINGS[encoding].form, shape[0], shape[1], torch.device("meta")).nbytes
+
+
 def _allocate(form: Form, num_outputs: int, width: int, device: torch.device) -> PackedMatrix:
     outputs = -(-num_outputs // OUTPUT_MULTIPLE) * OUTPUT_MULTIPLE
     blocks = -(-width // form.block)

@@ -13,7 +13,8 @@ from ..backend import AttentionSpec
 _HEADS_PER_PROGRAM = 8
 
 
-@triton.jit
+# Positions and slots may be parts of larger tensors: wherever they begin, the kernel is the same.
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
 def rope_write_kernel(qkv_ptr, table_ptr, positions_ptr, slots_ptr, layer_ptr, q_norm_ptr, k_norm_ptr, eps, qkv_stride,
                       block_stride, v_offset, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
                       BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,

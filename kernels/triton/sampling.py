@@ -52,7 +52,8 @@ def _gumbel(key, tokens):
     return -tl.log(-_log1p((bits + 0.5) * (-4.656612873077393e-10 * (1.0 - 5.960464477539063e-08))))
 
 
-@triton.jit
+# Parameters may be parts of larger tensors, whose lengths follow the batch: wherever they begin, kernels are the same.
+@triton.jit(do_not_specialize_on_alignment=["temperatures_ptr", "thresholds_ptr", "seeds_ptr", "positions_ptr"])
 def draw_kernel(logits_ptr, temperatures_ptr, thresholds_ptr, seeds_ptr, positions_ptr, best_ptr, best_ids_ptr,
                 logits_stride, vocab_size, TILE: tl.constexpr):  # fmt: skip
     """The best token of one tile of one row: its score, and its id or -1 where the tile holds a NaN."""
@@ -96,16 +97,16 @@ def pick_kernel(best_ptr, best_ids_ptr, ids_ptr, num_tiles, TILES: tl.constexpr)
 
 @triton.jit
 def _ordered(x):
-    """fp32 → int64 from 0 to 2**32 - 1 in the same order."""
-    bits = x.to(tl.int32, bitcast=True).to(tl.int64)
-    return tl.where(bits < 0, -1 - bits, bits + 0x80000000)
+    """fp32 → uint32 in the same order."""
+    bits = x.to(tl.uint32, bitcast=True)
+    return bits ^ ((bits >> 31) * 0x7FFFFFFF | 0x80000000)
 
 
 @triton.jit
 def _from_ordered(key):
     """The inverse of `_ordered`."""
-    bits = tl.where(key < 0x80000000, -1 - key, key - 0x80000000)
-    return bits.to(tl.int32).to(tl.float32, bitcast=True)
+    bits = key ^ ((1 - (key >> 31)) * 0x7FFFFFFF | 0x80000000)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -118,17 +119,22 @@ def _scaled(logits_ptr, start, temperature, vocab_size, TILE: tl.constexpr):
 
 @triton.jit
 def _search(logits_ptr, temperature, maximum, lowest, limit, vocab_size, MASS: tl.constexpr, TILE: tl.constexpr):
-    """The least ordered value from `lowest` on above which there is less than `limit`: tokens, or with MASS weight.
+    """The least ordered value from `lowest` on above which there is less than `limit` (above 0): tokens, or with MASS
+    weight.
 
-    Weight is exp(scaled logit - maximum). Tiles are added up in order, so the result depends on the row alone.
+    Weight is exp(scaled logit - maximum). Tiles are added up in order, so the result depends on the row alone. Threads
+    keep sums of their own and meet once a pass: to meet in every tile would take longer than to read it.
     """
-    low = lowest  # int64; the answer is one of the 16 * step values from here on
-    step = tl.full([], 1 << 28, tl.int64)
-    pivots = tl.arange(0, 16).to(tl.int64)
+    low = lowest  # uint32; the answer is one of the 16 * step values from here on
+    step = tl.full([], 1 << 28, tl.uint32)
+    pivots = tl.arange(0, 16).to(tl.uint32)
     for _ in range(8):
         bounds = low + pivots * step  # [16]
-        above = tl.zeros([16], tl.float32)
-        for start in range(0, vocab_size, TILE):
+        # What wrapped around lies behind all values.
+        bounds = tl.where(bounds < low, 0xFFFFFFFF, bounds)
+        sums = tl.zeros([16, TILE], tl.float32)
+        # Named here, stages make loads run ahead that feed no matrix product.
+        for start in tl.range(0, vocab_size, TILE, num_stages=4):
             scaled, real = _scaled(logits_ptr, start, temperature, vocab_size, TILE)
             keys = _ordered(scaled)
             counted = real & (keys >= lowest)
@@ -136,15 +142,18 @@ def _search(logits_ptr, temperature, maximum, lowest, limit, vocab_size, MASS: t
                 weight = tl.where(counted, tl.exp(scaled - maximum), 0.0)
             else:
                 weight = tl.where(counted, 1.0, 0.0)
-            above += tl.sum(tl.where(keys[None, :] > bounds[:, None], weight[None, :], 0.0), axis=1)
+            sums += tl.where(keys[None, :] > bounds[:, None], weight[None, :], 0.0)
+        above = tl.sum(sums, axis=1)
         # What is above falls as the bound rises, so the answer lies behind the last bound that has too much above it.
-        num_exceeded = tl.sum((above >= limit).to(tl.int64), axis=0)
+        num_exceeded = tl.sum((above >= limit).to(tl.uint32), axis=0)
         low = tl.where(num_exceeded > 0, low + (num_exceeded - 1) * step + 1, low)
         step = step // 16
     return low
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["temperatures_ptr", "top_ks_ptr", "top_ps_ptr", "min_ps_ptr", "thresholds_ptr"]
+)
 def threshold_kernel(logits_ptr, temperatures_ptr, top_ks_ptr, top_ps_ptr, min_ps_ptr, thresholds_ptr, logits_stride,
                      vocab_size, TILE: tl.constexpr):  # fmt: skip
     """The least temperature-scaled logit that one row keeps: min-p, then top-k, then top-p of what these two keep."""
@@ -158,24 +167,26 @@ def threshold_kernel(logits_ptr, temperatures_ptr, top_ks_ptr, top_ps_ptr, min_p
         tl.store(thresholds_ptr + row, float("-inf"))
         return
     logits_ptr += row * logits_stride
-    maximum = float("-inf")
+    maxima = tl.full([TILE], float("-inf"), tl.float32)
     for start in range(0, vocab_size, TILE):
         scaled, _ = _scaled(logits_ptr, start, temperature, vocab_size, TILE)
-        maximum = tl.maximum(maximum, tl.max(scaled, axis=0))
-    lowest = _ordered(maximum + tl.log(min_p)) if min_p > 0.0 else tl.full([], 0, tl.int64)
+        maxima = tl.maximum(maxima, scaled)
+    maximum = tl.max(maxima, axis=0)
+    lowest = _ordered(maximum + tl.log(min_p)) if min_p > 0.0 else tl.full([], 0, tl.uint32)
     if not whole:
         lowest = _search(logits_ptr, temperature, maximum, lowest, top_k.to(tl.float32), vocab_size, False, TILE)
     if top_p < 1.0:
-        mass = 0.0
+        sums = tl.zeros([TILE], tl.float32)
         for start in range(0, vocab_size, TILE):
             scaled, real = _scaled(logits_ptr, start, temperature, vocab_size, TILE)
             counted = real & (_ordered(scaled) >= lowest)
-            mass += tl.sum(tl.where(counted, tl.exp(scaled - maximum), 0.0), axis=0)
+            sums += tl.where(counted, tl.exp(scaled - maximum), 0.0)
+        mass = tl.sum(sums, axis=0)
         lowest = _search(logits_ptr, temperature, maximum, lowest, top_p * mass, vocab_size, True, TILE)
     tl.store(thresholds_ptr + row, tl.minimum(_from_ordered(lowest), maximum))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "repetitions_ptr", "frequencies_ptr", "presences_ptr"])
 def penalise_kernel(logits_ptr, out_ptr, slots_ptr, counts_ptr, in_prompt_ptr, repetitions_ptr, frequencies_ptr,
                     presences_ptr, logits_stride, vocab_size, TILE: tl.constexpr):  # fmt: skip
     """One tile of one row in fp32, penalised by the counts in the row's slot; a slot below 0 has none.

@@ -12,7 +12,7 @@ from .gguf_file import GgufFile
 from .layout import check_spec
 from .outline import Outline, Sizes, build_outline, checked_num_layers, periodic_windows
 
-_WINDOW_PERIODS = {"cohere2": 4, "gemma2": 2, "gemma3": 6, "gemma3n": 5, "gpt-oss": 2, "phi3": 0}
+_WINDOW_PERIODS = {"cohere2": 4, "gemma2": 2, "gemma3": 6, "gemma3n": 5, "gpt-oss": 2, "llama": 0, "phi3": 0}
 """Which layers are windowed where the header gives the window alone: as llama.cpp has it built in."""
 _NO_PARAMETERS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -30,7 +30,7 @@ def read_gguf_outline(file: GgufFile) -> Outline:
     hidden_size = file.require(f"{prefix}.embedding_length")
     heads = _per_layer(file, f"{prefix}.attention.head_count", num_layers)
     default_dim = hidden_size // max(1, *heads)
-    windows, notes = _windows(file, prefix, num_layers)
+    windows, notes = layer_windows(file, prefix, num_layers)
     sizes = Sizes(
         architecture=one_line(prefix, 60),
         vocab_size=embedding.shape[0],
@@ -92,7 +92,7 @@ def _intermediate_size(file: GgufFile, prefix: str, num_layers: int) -> int:
     return max(dense, used * file.get(f"{prefix}.expert_feed_forward_length", int, dense))
 
 
-def _windows(file: GgufFile, prefix: str, num_layers: int) -> tuple[list[int | None], tuple[str, ...]]:
+def layer_windows(file: GgufFile, prefix: str, num_layers: int) -> tuple[list[int | None], tuple[str, ...]]:
     """The window of each layer, and what a user should know of how it was found."""
     window = file.get(f"{prefix}.attention.sliding_window", int, 0)
     if window <= 0:

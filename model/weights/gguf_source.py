@@ -6,18 +6,33 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...kernels.weights import StoredWeight
 from ..spec import ModelError
 from .gguf_families import GgufFamily
 from .gguf_file import GgufFile, GgufTensor
 from .gguf_spec import gguf_family, read_gguf_spec
 from .layout import check_shapes, check_spec
-from .stored import MappedWeight, map_bytes
+from .stored import MappedWeight, ShiftedWeight, map_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
     tensor: GgufTensor
     interleaved_heads: int
+    expert: int | None = None
+    """The tensor holds a matrix of each expert; this one is meant."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape if self.expert is None else self.tensor.shape[1:]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.tensor.num_bytes if self.expert is None else self.tensor.num_bytes // self.tensor.shape[0]
+
+    @property
+    def offset(self) -> int:
+        return self.tensor.offset + (self.expert or 0) * self.num_bytes
 
 
 class GgufSource:
@@ -28,8 +43,9 @@ class GgufSource:
         try:
             self.spec = read_gguf_spec(self._file)
             check_spec(self.spec, path)
-            self._entries = self._index(gguf_family(self._file))
-            check_shapes(self.spec, ((name, entry.tensor.shape) for name, entry in self._entries.items()), path)
+            self._family = gguf_family(self._file)
+            self._entries = self._index(self._family)
+            check_shapes(self.spec, ((name, entry.shape) for name, entry in self._entries.items()), path)
             self._bytes = map_bytes(self._file.data)
         except BaseException:
             self._file.close()
@@ -40,21 +56,23 @@ class GgufSource:
     def names(self) -> Collection[str]:
         return self._entries.keys()
 
-    def weight(self, name: str) -> MappedWeight:
+    def weight(self, name: str) -> StoredWeight:
         """Raises ModelError naming the tensor if it is absent, or if the source is closed."""
         entry = self._entries.get(name)
         if entry is None:
             raise ModelError(f"{self._file.path.name}: tensor {name} is missing; download the whole model again")
         if self._bytes.numel() == 0:
             raise ModelError(f"{self._file.path.name}: already closed; open the file again")
-        start = entry.tensor.offset
-        return MappedWeight(
+        stored = MappedWeight(
             name=name,
-            shape=entry.tensor.shape,
+            shape=entry.shape,
             encoding=entry.tensor.encoding,
-            data=self._bytes[start : start + entry.tensor.num_bytes],
+            data=self._bytes[entry.offset : entry.offset + entry.num_bytes],
             interleaved_heads=entry.interleaved_heads,
         )
+        if self._family.norm_offset and name.endswith("norm.weight"):
+            return ShiftedWeight(stored, self._family.norm_offset)
+        return stored
 
     def close(self) -> None:
         """Let go of the file. Weights already handed out stay valid."""
@@ -73,8 +91,22 @@ class GgufSource:
                     f"{self._file.path.name}: tensor {name[:100]!r} is not part of a {family.architecture}; "
                     "this variant of the model is not supported, choose another"
                 )
-            entries[canonical] = _Entry(tensor, self._interleaved_heads(family, name))
+            if "{}" in canonical:
+                for expert in range(self._checked_experts(tensor)):
+                    entries[canonical.format(expert)] = _Entry(tensor, 0, expert)
+            else:
+                entries[canonical] = _Entry(tensor, self._interleaved_heads(family, name))
         return entries
+
+    def _checked_experts(self, tensor: GgufTensor) -> int:
+        """How many matrices the tensor holds."""
+        experts = self.spec.experts
+        if experts is None or len(tensor.shape) != 3 or tensor.shape[0] != experts.num_experts:
+            raise ModelError(
+                f"{self._file.path.name}: tensor {tensor.name[:100]!r} is {list(tensor.shape)}, which is no matrix for "
+                "each expert; convert the model to GGUF again"
+            )
+        return experts.num_experts
 
     def _interleaved_heads(self, family: GgufFamily, name: str) -> int:
         leaf = name.split(".", 2)[-1]

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import torch
 
+from ...kernels.weights import StoredWeight
 from ..spec import ModelError
 from .dequantize import FLOAT_DTYPES
 from .hf_spec import read_hf_spec
 from .jsonfile import read_json_object
 from .layout import check_shapes, check_spec
+from .quantized_layout import open_quantized
+from .quantized_weight import typed_view
 from .safetensors_file import SafetensorsEntry, SafetensorsFile
 from .stored import MappedWeight, map_bytes
 
@@ -28,19 +31,26 @@ class SafetensorsSource:
         try:
             for path in weight_files(directory):
                 self._add(path)
-            self.spec = read_hf_spec(directory, self._entries)
-            check_spec(self.spec, directory)
-            check_shapes(self.spec, ((name, entry.shape) for name, (entry, _) in self._entries.items()), directory)
             self._bytes: list[torch.Tensor] = [map_bytes(file.data) for file in self._files]
+            stored = {name: entry for name, (entry, _) in self._entries.items()}
+            self._quantized = open_quantized(directory, stored, self._tensor)
+            self._names = self._quantized.names(stored)
+            self.spec = read_hf_spec(directory, self._names)
+            check_spec(self.spec, directory)
+            shapes = {name: entry.shape for name, entry in stored.items()} | self._quantized.shapes()
+            check_shapes(self.spec, ((name, shapes[name]) for name in self._names), directory)
         except BaseException:
-            self._close_files()
+            self.close()
             raise
 
     def names(self) -> Collection[str]:
-        return self._entries.keys()
+        return self._names
 
-    def weight(self, name: str) -> MappedWeight:
+    def weight(self, name: str) -> StoredWeight:
         """Raises ModelError naming the tensor if it is absent or no float, or if the source is closed."""
+        quantized = self._quantized.layouts.get(name)
+        if quantized is not None:
+            return quantized.open(self._tensor)
         found = self._entries.get(name)
         if found is None:
             raise ModelError(f"{self._directory.name}: tensor {name} is missing; download the whole model again")
@@ -50,10 +60,16 @@ class SafetensorsSource:
                 f"{self._directory.name}: tensor {name} is stored as {entry.dtype}, which is not supported "
                 "(F32, F16 and BF16 are); use the unquantised model"
             )
+        return MappedWeight(name=name, shape=entry.shape, encoding=entry.dtype, data=self._data(entry, index))
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        """A tensor as its file holds it; a view."""
+        return typed_view(self._data(*self._entries[name]), self._entries[name][0])
+
+    def _data(self, entry: SafetensorsEntry, index: int) -> torch.Tensor:
         if not self._bytes:
             raise ModelError(f"{self._directory.name}: already closed; open the directory again")
-        data = self._bytes[index][entry.offset : entry.offset + entry.num_bytes]
-        return MappedWeight(name=name, shape=entry.shape, encoding=entry.dtype, data=data)
+        return self._bytes[index][entry.offset : entry.offset + entry.num_bytes]
 
     def close(self) -> None:
         """Let go of the files. Weights already handed out stay valid."""

@@ -42,6 +42,33 @@ class MappedWeight:
         return stored.transpose(1, 2).contiguous()
 
 
+@dataclass(frozen=True, slots=True)
+class ShiftedWeight:
+    """A weight to which its file's converter added `offset`, taken back on reading. See `kernels.weights.StoredWeight`;
+    for vectors only, whose bytes nobody reads as they are stored."""
+
+    stored: MappedWeight
+    offset: float
+
+    encoding = "F32"
+
+    @property
+    def name(self) -> str:
+        return self.stored.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    def raw(self) -> torch.Tensor:
+        """uint8 [prod(shape[:-1]), bytes_per_row] of the fp32 values; a fresh tensor."""
+        return self.dequantize(torch.float32).view(math.prod(self.shape[:-1]), -1).view(torch.uint8)
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """As `MappedWeight.dequantize`."""
+        return self.stored.dequantize(torch.float32).sub_(self.offset).to(dtype)
+
+
 def map_bytes(data: mmap.mmap) -> torch.Tensor:
     """A read-only mapping as a tensor without a copy. uint8 [file size]; writing to it is a segmentation fault."""
     with warnings.catch_warnings():

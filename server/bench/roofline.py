@@ -29,26 +29,21 @@ class ModelCost:
     """Only tokens whose logits are wanted are multiplied by them."""
     vector_parameters: int
     """Norms and biases: read, and too few to count as work."""
-    parameter_bytes: int
-    """Of one parameter, in memory."""
+    weight_bytes: int
+    """Read once per step, as the backend keeps them. The input embedding is not among them, unless it is the head."""
     kv_bytes_per_token: int
     """K and V of all layers."""
     embedding_row_bytes: int
     attention_flops_per_pair: int
     """For one query and one key it may see: a product with K and one with V, all heads and layers."""
 
-    @property
-    def weight_bytes(self) -> int:
-        """Read once per step. The input embedding is not among them, unless it is the head as well."""
-        parameters = self.layer_matmul_parameters + self.head_parameters + self.vector_parameters
-        return parameters * self.parameter_bytes
 
-
-def model_cost(spec: ModelSpec, parameters: Iterable[tuple[str, tuple[int, ...]]], itemsize: int) -> ModelCost:
-    """`parameters`: name and shape of each, as the family lists them; `itemsize`: bytes of the working dtype, in which
-    the reference backend keeps both weights and K/V."""
-    matrices = vectors = head = 0
-    for name, shape in parameters:
+def model_cost(spec: ModelSpec, parameters: Iterable[tuple[str, tuple[int, ...], int]], itemsize: int) -> ModelCost:
+    """`parameters`: name, shape and bytes in memory of each that the family lists; `itemsize`: bytes of the working
+    dtype, in which K/V are kept."""
+    matrices = vectors = head = weight_bytes = 0
+    for name, shape, num_bytes in parameters:
+        weight_bytes += num_bytes if name != EMBEDDING or spec.tie_word_embeddings else 0
         if name == EMBEDDING:
             head += math.prod(shape) if spec.tie_word_embeddings else 0
         elif name == HEAD:
@@ -61,7 +56,7 @@ def model_cost(spec: ModelSpec, parameters: Iterable[tuple[str, tuple[int, ...]]
         layer_matmul_parameters=matrices,
         head_parameters=head,
         vector_parameters=vectors,
-        parameter_bytes=itemsize,
+        weight_bytes=weight_bytes,
         kv_bytes_per_token=kv_layout(spec).block_bytes(1, itemsize),
         embedding_row_bytes=spec.hidden_size * itemsize,
         attention_flops_per_pair=4 * spec.num_attention_heads * spec.head_dim * spec.num_hidden_layers,

@@ -95,7 +95,7 @@ def as_json(
     model: ModelCost, ceilings: Ceilings, results: Sequence[StepResult], skipped: Sequence[tuple[StepShape, int]]
 ) -> dict[str, Any]:
     return {
-        "model_cost": {**dataclasses.asdict(model), "weight_bytes": model.weight_bytes},
+        "model_cost": dataclasses.asdict(model),
         "ceilings": {
             "read_bytes_per_s": _probes_json(ceilings.read),
             "copy_bytes_per_s": _probes_json(ceilings.copy),

@@ -85,7 +85,12 @@ def _run(request: _Request) -> None:
     backend = bench.runner.backend
     print("measuring the machine", file=sys.stderr)
     ceilings = measure_ceilings(backend.device, backend.dtype, spec)
-    parameters = model_family(spec.architecture).parameters(spec)
+    parameters = [
+        (name, shape, backend.weight_bytes([stored]))
+        for (name, shape), stored in zip(
+            model_family(spec.architecture).parameters(spec), bench.runner.weights, strict=True
+        )
+    ]
     cost = model_cost(spec, parameters, backend.dtype.itemsize)
     results = _measure(bench, cost, ceilings, request.num_repeats)
     _report(request, files.name, bench, cost, ceilings, results)
@@ -163,7 +168,8 @@ def _report(
         console = report_console()
         console.print(machine_line(machine, setup))
         console.print(
-            f"{model_name}, {dtype}, {backend.name} backend: {cost.weight_bytes / 1e6:.1f} MB of weights per step, "
+            f"{model_name}, {dtype}, {bench.runner.backend_label} backend: "
+            f"{cost.weight_bytes / 1e6:.1f} MB of weights per step, "
             f"{cost.kv_bytes_per_token / 1024:.1f} KiB of K/V per token"
         )
         print_ceilings(console, ceilings, dtype)

@@ -45,7 +45,7 @@ def build_engine(
         eos_token_ids=runner.spec.eos_token_ids,
         seed=config.model.seed,
     )
-    notes = list(plan.notes)
+    notes = [*runner.notes, *plan.notes]
     if config.model.load_format == "dummy":
         notes.append("the weights are random (load format dummy): what the model says is noise")
     ready = EngineReady(
@@ -64,7 +64,7 @@ def build_engine(
         architecture=runner.spec.architecture,
         dtype=str(runner.backend.dtype).removeprefix("torch."),
         device=str(runner.backend.device),
-        backend=runner.backend.name,
+        backend=runner.backend_label,
         phases=phases,
         notes=notes,
     )

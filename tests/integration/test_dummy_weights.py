@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from octavo.scheduler.sampling_params import SamplingParams
+from octavo.server.llm import LLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 CONFIG = {
@@ -43,3 +45,11 @@ def test_a_config_and_a_tokenizer_are_served(tmp_path: Path, start_server: Calla
     }
     assert answers[0][1]["choices"] == answers[1][1]["choices"]
     assert server.stop() == 0
+
+
+def test_the_offline_class_takes_them_too(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    llm = LLM(str(tmp_path), load_format="dummy", kernel_backend="reference", dtype="float32", kv_cache_memory=2**24)
+    (first,) = llm.generate("twelve bytes", SamplingParams(temperature=0, max_tokens=5), progress=False)
+    assert len(first.completions[0].token_ids) == 5
+    assert llm.ready.backend == "reference"

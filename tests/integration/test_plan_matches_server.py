@@ -81,8 +81,9 @@ def test_an_engine_started_as_printed_says_what_was_planned(
     expected, command = planned(save_llama(tmp_path / "llama", **shape), device="cpu", **settings)
     ready = started(command)
     assert ready.prefix_caching is (settings.get("enable_prefix_caching") != "off")
-    # Where the plan had to fit the context, the command says the fitted one, so the server has nothing to note.
-    assert msgspec.structs.replace(ready, phases={}) == msgspec.structs.replace(expected, notes=[])
+    # Where the plan had to fit the context, the command says the fitted one: the server notes its backend at most.
+    notes = [note for note in expected.notes if note.startswith("plain torch")]
+    assert msgspec.structs.replace(ready, phases={}) == msgspec.structs.replace(expected, notes=notes)
     assert capacity_lines(ready) == capacity_lines(expected)
 
 

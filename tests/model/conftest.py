@@ -86,6 +86,7 @@ def model_spec(config: LlamaConfig) -> ModelSpec:
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=config.tie_word_embeddings,
         attention_bias=config.attention_bias,
+        output_bias=config.attention_bias,
         mlp_bias=config.mlp_bias,
         eos_token_ids=(2,),
     )
@@ -218,7 +219,7 @@ def tiny_model(llama_config: Callable[..., LlamaConfig]) -> Callable[..., TinyMo
             kv_cache_memory=num_blocks * per_block * runner.backend.dtype.itemsize,
             max_num_seqs=1000,
             max_model_len=None,
-            max_num_batched_tokens=512,
+            max_num_batched_tokens=2048,
         )
         rng = random.Random(seed)
         free_blocks = list(range(1, plan.pools[0].num_blocks))

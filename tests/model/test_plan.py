@@ -71,7 +71,7 @@ def fit(header: ModelHeader, plan: ModelPlan, *, max_num_seqs: int, max_model_le
     request = plan.request
     cache = cache_request(
         header.spec,
-        select_backend("reference", request.device, request.dtype),
+        select_backend("reference", request.device, request.dtype, 64),
         block_size=request.block_size,
         kv_cache_memory=request.kv_cache_memory,
         max_num_seqs=max_num_seqs,

@@ -17,17 +17,18 @@ from octavo.server.engine.messages import GenerateRequest
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM as TransformersLlama
 
-VOCAB = 96
-BLOCK = 16
+VOCAB = 64
+BLOCK = 8
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with two query heads for each K/V head."""
+    """A tiny Llama with two query heads for a K/V head. Under the interpreter a program of a kernel costs ten
+    milliseconds, whatever it computes: one layer and one K/V head show what two do."""
     torch.manual_seed(5)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, initializer_range=0.3,
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=256, initializer_range=0.3,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("llama")
     TransformersLlama(config).save_pretrained(folder)
@@ -39,16 +40,16 @@ def requests() -> list[GenerateRequest]:
     """Prompts of all lengths; greedy and drawn, penalised and biased rows, parallel samples, one that stops early."""
     generator = torch.Generator().manual_seed(1)
     kinds = [
-        SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True),
-        SamplingParams(temperature=0.9, seed=3, max_tokens=26, ignore_eos=True),
-        SamplingParams(temperature=1.2, seed=4, top_k=9, top_p=0.8, max_tokens=22, ignore_eos=True),
-        SamplingParams(temperature=0.0, repetition_penalty=1.5, frequency_penalty=0.4, max_tokens=9),
-        SamplingParams(temperature=0.8, seed=5, n=2, max_tokens=12),
-        SamplingParams(temperature=0.0, logit_bias={7: 3.0}, logprobs=2, max_tokens=8),
-        SamplingParams(temperature=0.7, seed=6, min_tokens=4, stop_token_ids=tuple(range(3, 40)), max_tokens=18),
+        SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True),
+        SamplingParams(temperature=0.9, seed=3, max_tokens=14, ignore_eos=True),
+        SamplingParams(temperature=1.2, seed=4, top_k=9, top_p=0.8, max_tokens=10, ignore_eos=True),
+        SamplingParams(temperature=0.0, repetition_penalty=1.5, frequency_penalty=0.4, max_tokens=5),
+        SamplingParams(temperature=0.8, seed=5, n=2, max_tokens=6),
+        SamplingParams(temperature=0.0, logit_bias={7: 3.0}, logprobs=2, max_tokens=4),
+        SamplingParams(temperature=0.7, seed=6, min_tokens=3, stop_token_ids=tuple(range(3, 40)), max_tokens=9),
         SamplingParams(temperature=0.0, max_tokens=1),
     ]
-    lengths = [5, 40, 16, 50, 33, 1, 20, 31]
+    lengths = [5, 14, 15, 24, 13, 1, 10, 16]
     return [
         GenerateRequest(
             request_id=f"r{index}",
@@ -66,9 +67,9 @@ def run(
     config = ModelConfig(path=str(checkpoint), dtype="float32", device="cpu", kernel_backend=backend)
     runner = ModelRunner(config, block_size=BLOCK)
     assert runner.spec.eos_token_ids == (2,)
-    block_bytes = 2 * 2 * 2 * 16 * BLOCK * 4
+    block_bytes = 2 * 16 * BLOCK * 4
     plan = runner.allocate_cache(
-        kv_cache_memory=num_blocks * block_bytes, max_num_seqs=8, max_model_len=112, max_num_batched_tokens=budget
+        kv_cache_memory=num_blocks * block_bytes, max_num_seqs=8, max_model_len=64, max_num_batched_tokens=budget
     )
     scheduler = Scheduler(
         SchedulerConfig(max_num_seqs=8), CacheConfig(block_size=BLOCK), pools=[PoolConfig(plan.pools[0].num_blocks)],
@@ -90,10 +91,10 @@ def run(
     return tokens, scheduler
 
 
-@pytest.mark.parametrize(("num_blocks", "budget"), [(60, 64), (9, 24)], ids=["ample", "with preemptions"])
+@pytest.mark.parametrize(("num_blocks", "budget"), [(40, 40), (12, 16)], ids=["ample", "with preemptions"])
 def test_running_ahead_says_the_same(checkpoint: Path, num_blocks: int, budget: int) -> None:
     expected, _ = run(checkpoint, "reference", num_blocks, budget)
     found, scheduler = run(checkpoint, "triton", num_blocks, budget)
     assert found == expected
     assert len(found) == 9
-    assert (scheduler.counters.num_preemptions > 0) == (num_blocks == 9)
+    assert (scheduler.counters.num_preemptions > 0) == (num_blocks == 12)

@@ -119,10 +119,10 @@ SPM_WORDS = [
 ]
 
 
-def write_spm(path: Path, **flags: bool) -> ModelFiles:
+def write_spm(path: Path, kind: str = "llama", **flags: bool) -> ModelFiles:
     pieces = SPM_PIECES + SPM_WORDS
     writer = GGUFWriter(str(path), "llama")
-    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_model(kind)
     writer.add_token_list(pieces)
     writer.add_token_scores([0.0] * len(SPM_PIECES) + [-float(index) for index in range(len(SPM_WORDS))])
     writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(SPM_WORDS))
@@ -156,6 +156,17 @@ def test_sentencepiece_without_prefix_or_bos(tmp_path: Path) -> None:
     ids = tokenizer.encode("hello", add_special_tokens=True)
     assert tokenizer.token_text(ids[0]) == "h"
     assert tokenizer.decode(ids, skip_special_tokens=True) == "hello"
+
+
+def test_unigram_takes_the_likeliest_pieces(tmp_path: Path) -> None:
+    files = write_spm(tmp_path / "spm.gguf", "t5", add_bos_token=True, remove_extra_whitespaces=True)
+    tokenizer = load_tokenizer(files)
+    ids = tokenizer.encode(" hello   world é ", add_special_tokens=True)
+    # ▁hello is one piece of -9, its letters come to -13; ▁ and w come to -10, ▁w is -15. é is spelled by its bytes.
+    assert [tokenizer.piece(token_id) for token_id in ids[:5]] == ["<s>", "▁hello", "▁", "w", "orld"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hello world é"
+    plain = load_tokenizer(write_spm(tmp_path / "plain.gguf", "t5", add_space_prefix=False))
+    assert plain.decode(plain.encode("h  e", add_special_tokens=True), skip_special_tokens=True) == "h  e"
 
 
 def test_sentencepiece_merges_equal_transformers(tmp_path: Path) -> None:

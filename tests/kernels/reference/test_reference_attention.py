@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Sequence
@@ -9,9 +10,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 from octavo.kernels.backend import AttentionInputs, AttentionSpec
-from octavo.kernels.reference import attention
+from octavo.kernels.reference import attention, attention_plan
 from octavo.kernels.reference import backend as backend_module
-from octavo.kernels.reference.attention import MaskLimits
+from octavo.kernels.reference.attention_plan import MaskLimits
 from octavo.kernels.reference.backend import ReferenceBackend
 from octavo.kernels.reference.grouping import GroupLimits
 
@@ -62,7 +63,9 @@ def poisoned_pool(inputs: AttentionInputs, dtype: torch.dtype) -> torch.Tensor:
     return layer
 
 
-def slow_attention(q: torch.Tensor, layer: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
+def slow_attention(
+    q: torch.Tensor, layer: torch.Tensor, inputs: AttentionInputs, spec: AttentionSpec = SPEC
+) -> torch.Tensor:
     """fp64, one query after another."""
     out = []
     for row, (queries, context) in enumerate(zip(inputs.query_lens, inputs.context_lens, strict=True)):
@@ -71,11 +74,14 @@ def slow_attention(q: torch.Tensor, layer: torch.Tensor, inputs: AttentionInputs
         group = SPEC.num_heads // SPEC.num_kv_heads
         for index in range(queries):
             seen = context - queries + index + 1
+            first = max(0, seen - spec.window) if spec.window else 0
             query = q[int(inputs.query_starts[row]) + index].double()  # [num_heads, head_dim]
             per_head = []
             for head in range(SPEC.num_heads):
-                scores = keys[head // group, :seen] @ query[head] * SPEC.scale
-                per_head.append(scores.softmax(-1) @ values[head // group, :seen])
+                scores = keys[head // group, first:seen] @ query[head] * spec.scale
+                if spec.soft_cap:
+                    scores = (scores / spec.soft_cap).tanh() * spec.soft_cap
+                per_head.append(scores.softmax(-1) @ values[head // group, first:seen])
             out.append(torch.cat(per_head))
     return torch.stack(out)
 
@@ -102,6 +108,27 @@ def test_attention_equals_the_slow_one_whatever_lies_around(case, dtype, toleran
     torch.testing.assert_close(out.double(), slow_attention(q, layer, inputs), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("window", [0, 1, 5, 16, 37, 1000])
+@pytest.mark.parametrize("soft_cap", [0.0, 2.0])
+def test_windows_and_caps_and_what_lies_left_of_every_window(case, window, soft_cap):
+    """Blocks that no query of the step sees may hold anything, even another sequence's NaN."""
+    spec = dataclasses.replace(SPEC, window=window, soft_cap=soft_cap)
+    inputs = make_inputs(*CASES[case])
+    layer = poisoned_pool(inputs, torch.float32)
+    q = torch.randn(len(inputs.positions), SPEC.num_heads, SPEC.head_dim)
+    expected = slow_attention(q, layer, inputs, spec)
+    tables = inputs.block_tables.clone()
+    for row, (queries, context) in enumerate(zip(inputs.query_lens, inputs.context_lens, strict=True)):
+        if window:
+            tables[row, : max(0, context - queries + 1 - window) // BLOCK] = 0
+    layer[0] = math.nan
+    backend = ReferenceBackend(CPU, torch.float32)
+    plan = backend.plan_attention(dataclasses.replace(inputs, block_tables=tables), spec, BLOCK)
+    out = backend.attention(q, layer, plan, spec)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kept", ["all", "some", "none"])
 @pytest.mark.parametrize("folded", [True, False])
 def test_long_masks_are_cut_into_chunks_and_kept_up_to_a_total(monkeypatch, folded, kept):
@@ -109,8 +136,8 @@ def test_long_masks_are_cut_into_chunks_and_kept_up_to_a_total(monkeypatch, fold
     # Fresh rows need no mask; the others make two groups by their lengths.
     inputs = make_inputs([], [(70, 100), (65, 90), (6, 300), (20, 20)])
     elements = {"all": 2**25, "some": 10000 * group_size, "none": 0}[kept]
-    monkeypatch.setattr(attention, "_MASKS_CPU", MaskLimits(folded, 1500 * group_size, elements))
-    plan = attention.plan(inputs, SPEC, BLOCK, torch.float32)
+    monkeypatch.setattr(attention_plan, "_MASKS_CPU", MaskLimits(folded, 1500 * group_size, elements))
+    plan = attention_plan.plan_attention(inputs, SPEC, BLOCK, torch.float32)
     masked = [group for group in plan.prefill_groups if group.query_positions is not None]
     assert len(masked) == 2
     chunks = [chunk for group in masked for chunk in group.chunks]
@@ -130,17 +157,17 @@ def test_the_workspace_estimate_covers_gathered_kv_and_masks_of_a_long_context()
     spec = AttentionSpec(num_heads=32, num_kv_heads=8, head_dim=128, scale=1.0)
     one_row = 2 * 8 * 128 * 2 * length
     for device in (CPU, torch.device("cuda")):
-        estimate = attention.workspace_bytes(spec, BLOCK, tokens, length, torch.bfloat16, device)
-        masks = attention._MASKS_CPU if device == CPU else attention._MASKS_CUDA
+        estimate = attention_plan.workspace_bytes(spec, BLOCK, tokens, length, torch.bfloat16, device)
+        masks = attention_plan._MASKS_CPU if device == CPU else attention_plan._MASKS_CUDA
         assert estimate > one_row + 2 * min(masks.kept_elements, tokens * length)
         assert estimate < 2**31
-        assert attention.workspace_bytes(spec, BLOCK, tokens, 64, torch.bfloat16, device) < estimate
+        assert attention_plan.workspace_bytes(spec, BLOCK, tokens, 64, torch.bfloat16, device) < estimate
 
 
 def test_decode_groups_stay_within_memory(monkeypatch):
-    monkeypatch.setattr(attention, "_DECODE_LIMITS_CPU", GroupLimits(max_bytes=20 * 4096, max_padding=2.0))
+    monkeypatch.setattr(attention_plan, "_DECODE_LIMITS_CPU", GroupLimits(max_bytes=20 * 4096, max_padding=2.0))
     inputs = make_inputs([random.Random(0).randrange(1, 200) for _ in range(40)], [])
-    plan = attention.plan(inputs, SPEC, BLOCK, torch.float32)
+    plan = attention_plan.plan_attention(inputs, SPEC, BLOCK, torch.float32)
     for group in plan.decode_groups:
         num_blocks = group.rows.num_blocks(BLOCK) * len(group.rows.rows)
         assert num_blocks <= 20

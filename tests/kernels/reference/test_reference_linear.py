@@ -79,13 +79,13 @@ def test_add_rms_norm_is_addition_then_norm():
     torch.testing.assert_close(normed, expected)
 
 
-def test_silu_mul_takes_the_gate_first():
+def test_a_gate_takes_the_gate_first():
     backend = ReferenceBackend(CPU, torch.float32)
     gate_up = torch.randn(3, 20)
-    torch.testing.assert_close(backend.silu_mul(gate_up), F.silu(gate_up[:, :10]) * gate_up[:, 10:])
+    torch.testing.assert_close(backend.gated(gate_up, "silu"), F.silu(gate_up[:, :10]) * gate_up[:, 10:])
 
 
 def test_backends_are_selected_by_name():
-    assert select_backend("reference", CPU, torch.float32).name == "reference"
+    assert select_backend("reference", CPU, torch.float32, 64).name == "reference"
     with pytest.raises(ValueError, match="unknown kernel backend"):
-        select_backend("nonesuch", CPU, torch.float32)
+        select_backend("nonesuch", CPU, torch.float32, 64)

@@ -1,4 +1,4 @@
-"""Puts this folder on the path, so that its tests can import `paged` (pytest's importlib mode does not)."""
+"""Puts this folder on the path, so that its tests can import `paged` and others (pytest's importlib mode does not)."""
 
 from __future__ import annotations
 
@@ -6,3 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent))
+
+import triton_interpreter
+
+triton_interpreter.mend()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from octavo.model.llama import LlamaForCausalLM
+from octavo.model.families.llama import LlamaForCausalLM
 from octavo.model.loader import check_weights
 from octavo.model.spec import ModelError
 from octavo.model.weights.dummy import DummySource, open_dummy

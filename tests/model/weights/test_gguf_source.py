@@ -124,9 +124,9 @@ def test_linear_rope_scaling(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arch": "mamba"}, r"'mamba' is not supported \(supported: llama"),
-        ({"extra": {"llama.expert_count": 8}}, "expert_count"),
-        ({"extra": {"llama.rope.scaling.type": "yarn"}}, "yarn"),
+        ({"arch": "mamba"}, r"'mamba' is not supported \(supported: gemma2, "),
+        ({"extra": {"llama.expert_count": 8}}, "expert_used_count"),
+        ({"extra": {"llama.rope.scaling.type": "longrope"}}, "longrope"),
         ({"extra": {"llama.attention.key_length": 15}}, "15|contradict|asks for|odd"),
         ({"extra": {"llama.attention.key_length": 32}}, "RoPE covers 16 of 32"),
         ({"drop": "token_embd.weight"}, "token_embd"),

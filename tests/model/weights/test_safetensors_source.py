@@ -147,10 +147,19 @@ def test_rope_in_both_styles(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        (
+            {"rope_parameters": {"rope_type": "proportional", "factor": 2.0}},
+            "RoPE type 'proportional' is not supported",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": -2.0}}, "factor should be positive"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "long_factor should be a list"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2]}},
+            "1 long factors for 8",
+        ),
         ({"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "differs between layers"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
-        ({"hidden_act": "gelu"}, "gelu"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised"),
+        ({"hidden_act": "relu2"}, "'relu2' is not supported"),
         ({"hidden_size": "64"}, "hidden_size"),
         ({"hidden_size": "REMOVE"}, "hidden_size"),
         ({"num_attention_heads": 0}, "positive"),

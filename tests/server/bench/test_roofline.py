@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
-from octavo.model.llama import LlamaForCausalLM
+from octavo.model.families.llama import LlamaForCausalLM
 from octavo.model.spec import ModelSpec, RopeSpec
 from octavo.server.bench.roofline import ModelCost, StepShape, floor, model_cost, step_cost
 
@@ -25,7 +27,8 @@ def llama_3_8b(*, tied: bool = False) -> ModelCost:
         max_position_embeddings=131072,
         tie_word_embeddings=tied,
     )
-    return model_cost(spec, LlamaForCausalLM.parameters(spec), itemsize=2)
+    parameters = [(name, shape, 2 * math.prod(shape)) for name, shape in LlamaForCausalLM.parameters(spec)]
+    return model_cost(spec, parameters, itemsize=2)
 
 
 def test_sizes_of_llama_3_8b() -> None:

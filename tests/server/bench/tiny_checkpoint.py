@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from octavo.model.llama import LlamaForCausalLM
+from octavo.model.families.llama import LlamaForCausalLM
 from octavo.model.spec import ModelSpec, RopeSpec
 from safetensors.torch import save_file
 

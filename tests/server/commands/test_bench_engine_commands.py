@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from octavo.kernels.select import label, select_backend
 from octavo.server.bench import ceilings, kv_cache_engine, kv_cache_measure, kv_cache_report, roofline_steps
 from octavo.server.bench.kv_cache import Parting
 from octavo.server.cli import main
@@ -15,6 +17,8 @@ from octavo.server.cli import main
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 from tiny_checkpoint import save_tiny_checkpoint
+
+BACKEND = label(select_backend("auto", torch.device("cpu"), torch.float32, 16))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def test_kv_cache_shows_and_writes_what_it_measured(
     assert kv_cache(model, *sizes, "--json", str(result), "--png", str(picture)) == 0
     shown = capsys.readouterr().out
     assert "prompt 5: 8 of 8 tokens are equal" in shown
-    assert "float32, reference backend" in shown
+    assert f"float32, {BACKEND} backend" in shown
     assert picture.read_bytes().startswith(b"\x89PNG")
     content = json.loads(result.read_text())
     assert content["engine"]["num_layers"] == 2
@@ -88,7 +92,7 @@ def test_roofline_shows_and_writes_what_it_measured(
     sizes = ["--batch", "1,3", "--context", "20,70", "--prefill", "16", "--repeats", "2"]
     assert roofline(model, *sizes, "--json", str(result)) == 0
     shown = capsys.readouterr().out
-    assert "float32, reference backend" in shown
+    assert f"float32, {BACKEND} backend" in shown
     assert "thread" in shown
     content = json.loads(result.read_text())
     shapes = [(step["kind"], step["num_rows"], step["num_context"], step["num_new"]) for step in content["steps"]]

@@ -1,0 +1,127 @@
+"""Recording what operators a step runs, so that one native call can run them all.
+
+As a CUDA graph is captured: the step's function is called once with stand-ins as long as any step may be, every
+operator that it calls is noted instead of run, and its outputs are placed in memory that is reused as soon as nobody
+holds them any more. What is noted does not depend on the number of rows, so one recording serves every step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from .library import NativeContext, Op, Step
+
+TOKENS, LOGITS = 0, 1
+"""OvRows: whether an operator has a row for each token or for each row that draws."""
+
+
+_HARMLESS = frozenset(
+    {
+        torch.Tensor.data_ptr,
+        torch.Tensor.dim,
+        torch.Tensor.numel,
+        torch.Tensor.size,
+        torch.Tensor.stride,
+        torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.device.__get__,
+    }
+)
+"""What looks at a tensor without reading it."""
+
+
+class Unrecordable(Exception):
+    """The step does something that is no operator of this backend."""
+
+
+class Recorder(TorchFunctionMode):
+    """Notes operators while it is entered. Touching a stand-in by torch raises Unrecordable: that would happen once,
+    and never again."""
+
+    def __init__(self, max_num_tokens: int, max_num_logits: int) -> None:
+        super().__init__()
+        self._num_rows = (max_num_tokens, max_num_logits)
+        self.ops: list[Op] = []
+        self.memory: list[torch.Tensor] = []
+        """Every buffer; the recorded pointers lead into them."""
+        self._free: list[torch.Tensor] = []
+        self._domains: dict[int, int] = {}
+        """Address of a live stand-in → TOKENS or LOGITS."""
+        self.token_ids = torch.empty(max_num_tokens, dtype=torch.int64)
+        self.logits_indices = torch.empty(max_num_logits, dtype=torch.int64)
+        self._watch(self.token_ids, TOKENS)
+        self._watch(self.logits_indices, LOGITS)
+
+    def domain(self, tensor: torch.Tensor) -> int:
+        """Whose rows a stand-in has. Raises Unrecordable for another tensor."""
+        try:
+            return self._domains[tensor.data_ptr()]
+        except KeyError:
+            raise Unrecordable("an operator reads a tensor that no operator has made") from None
+
+    def empty(self, domain: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """A stand-in [rows of the domain, width]; its memory is free again when it is."""
+        num_bytes = self._num_rows[domain] * width * dtype.itemsize
+        fitting = [buffer for buffer in self._free if buffer.nbytes >= num_bytes]
+        if fitting:
+            buffer = min(fitting, key=lambda buffer: buffer.nbytes)
+            self._free = [other for other in self._free if other is not buffer]
+        else:
+            buffer = torch.empty(max(1, num_bytes), dtype=torch.uint8)
+            self.memory.append(buffer)
+        tensor = buffer[:num_bytes].view(dtype).view(self._num_rows[domain], width)
+        self._watch(tensor, domain)
+        weakref.finalize(tensor, self._release, tensor.data_ptr(), buffer).atexit = False
+        return tensor
+
+    def _watch(self, tensor: torch.Tensor, domain: int) -> None:
+        self._domains[tensor.data_ptr()] = domain
+
+    def _release(self, address: int, buffer: torch.Tensor) -> None:
+        self._domains.pop(address, None)
+        self._free.append(buffer)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in _HARMLESS:
+            for value in (*args, *(kwargs or {}).values()):
+                if isinstance(value, torch.Tensor) and value.data_ptr() in self._domains:
+                    raise Unrecordable(f"{getattr(func, '__name__', func)} is no operator of this backend")
+        return func(*args, **(kwargs or {}))
+
+
+class RecordedStep:
+    """A step as a list of operators; a `StepFunction`."""
+
+    def __init__(self, context: NativeContext, recorder: Recorder, logits: torch.Tensor) -> None:
+        self._context = context
+        self._ops = (Op * len(recorder.ops))(*recorder.ops)
+        self._memory = recorder.memory
+        self._logits = logits  # [max_num_logits, vocab]
+        self._max_num_tokens = recorder.token_ids.shape[0]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of all intermediate results."""
+        return sum(buffer.nbytes for buffer in self._memory)
+
+    def __call__(self, token_ids: torch.Tensor, plan: Any, logits_indices: torch.Tensor) -> torch.Tensor:
+        """Raises ValueError for a step of more rows than was recorded for."""
+        num_tokens, num_logits = token_ids.shape[0], logits_indices.shape[0]
+        if num_tokens > self._max_num_tokens or num_logits > self._logits.shape[0]:
+            raise ValueError(f"a step of {num_tokens} tokens and {num_logits} draws is larger than what was recorded")
+        step = Step.from_buffer_copy(plan.step)
+        step.num_tokens, step.token_ids = num_tokens, token_ids.data_ptr()
+        step.num_logits, step.logits_indices = num_logits, logits_indices.data_ptr()
+        self._context.run(self._ops, step)
+        return self._logits[:num_logits]
+
+
+def address(tensor: torch.Tensor | None) -> ctypes.c_void_p | None:
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())

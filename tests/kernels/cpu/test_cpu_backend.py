@@ -1,0 +1,153 @@
+"""The backend in Python: steps recorded and run at once equal the same operators run one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from octavo.kernels.backend import AttentionInputs, AttentionSpec
+from octavo.kernels.cpu.backend import CpuBackend
+from octavo.kernels.select import fallback_note, label, select_backend
+
+CPU = torch.device("cpu")
+SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25)
+HIDDEN, VOCAB, BLOCK = 64, 96, 16
+
+
+class Weight:
+    encoding = "F32"
+
+    def __init__(self, *shape: int) -> None:
+        self.name = "weight"
+        self._values = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) / 8
+        self.shape = shape
+
+    def raw(self) -> torch.Tensor:
+        return self._values.view(torch.uint8)
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        return self._values.to(dtype, copy=True)
+
+
+class TinyStep:
+    """One layer of a transformer out of operators alone."""
+
+    def __init__(self, backend: CpuBackend) -> None:
+        self.backend = backend
+        self.table = backend.pack_embedding(Weight(VOCAB, HIDDEN))
+        self.norm = backend.pack_vector(Weight(HIDDEN))
+        self.qkv = backend.pack_linear([Weight(64, HIDDEN), Weight(32, HIDDEN), Weight(32, HIDDEN)])
+        self.out = backend.pack_linear([Weight(HIDDEN, 64)], [Weight(HIDDEN)])
+        self.gate_up = backend.pack_linear([Weight(80, HIDDEN), Weight(80, HIDDEN)])
+        self.down = backend.pack_linear([Weight(HIDDEN, 80)])
+        self.rope = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+        self.kv = torch.zeros(8, 2, 2, BLOCK, 16, dtype=backend.dtype)
+
+    def __call__(self, token_ids: torch.Tensor, plan: Any, logits_indices: torch.Tensor) -> torch.Tensor:
+        b = self.backend
+        residual = b.embed(token_ids, self.table)
+        x = b.rms_norm(residual, self.norm, 1e-5)
+        q = b.rope_and_write_kv(b.linear(x, self.qkv), self.rope, self.kv, plan, SPEC)
+        x = b.linear(b.attention(q, self.kv, plan, SPEC), self.out)
+        x, residual = b.add_rms_norm(x, residual, self.norm, 1e-5)
+        x = b.linear(b.silu_mul(b.linear(x, self.gate_up)), self.down)
+        hidden = b.add(x, residual)
+        return b.logits(b.rms_norm(b.select_rows(hidden, logits_indices), self.norm, 1e-5), self.table)
+
+
+def inputs_of(num_tokens: int) -> AttentionInputs:
+    """One sequence from its start, in blocks 1, 2, …"""
+    num_decode = int(num_tokens == 1)
+    return AttentionInputs(
+        num_rows=1,
+        num_decode_rows=num_decode,
+        max_query_len=0 if num_decode else num_tokens,
+        query_lens=[num_tokens],
+        context_lens=[num_tokens],
+        query_starts=torch.tensor([0, num_tokens]),
+        kv_lens=torch.tensor([num_tokens]),
+        positions=torch.arange(num_tokens),
+        slots=torch.arange(BLOCK, BLOCK + num_tokens),
+        block_tables=torch.tensor([[1, 2, 3]]),
+    )
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def backend(request: pytest.FixtureRequest) -> CpuBackend:
+    return CpuBackend(CPU, request.param, 2)
+
+
+@torch.inference_mode()
+def test_a_recorded_step_equals_its_operators_one_by_one(backend: CpuBackend) -> None:
+    compute = TinyStep(backend)
+    recorded = backend.record(compute, max_num_tokens=40, max_num_logits=5)
+    assert recorded is not None
+    for num_tokens, wanted in ((1, [0]), (3, [0, 2]), (40, [39, 7, 7, 0, 12]), (17, []), (2, [1])):
+        token_ids = torch.arange(num_tokens) % VOCAB
+        indices = torch.tensor(wanted, dtype=torch.int64)
+        plan = backend.plan_attention(inputs_of(num_tokens), SPEC, BLOCK)
+        logits = recorded(token_ids, plan, indices).clone()
+        keys = compute.kv.clone()
+        compute.kv.zero_()
+        assert torch.equal(logits, compute(token_ids, plan, indices))
+        assert logits.shape == (len(wanted), VOCAB)
+        assert not logits.isnan().any()
+        written = slice(1, 1 + -(-num_tokens // BLOCK))
+        assert torch.equal(keys[written][..., :num_tokens, :].isnan(), compute.kv[written][..., :num_tokens, :].isnan())
+
+
+@torch.inference_mode()
+def test_buffers_of_a_recording_are_shared(backend: CpuBackend) -> None:
+    compute = TinyStep(backend)
+
+    def deep(token_ids: torch.Tensor, plan: Any, indices: torch.Tensor) -> torch.Tensor:
+        for _ in range(20):
+            logits = compute(token_ids, plan, indices)
+        return logits
+
+    shallow, deeper = (backend.record(f, max_num_tokens=512, max_num_logits=4) for f in (compute, deep))
+    assert deeper.memory_bytes <= 1.2 * shallow.memory_bytes  # type: ignore[union-attr]
+
+
+@torch.inference_mode()
+def test_what_is_no_operator_is_not_recorded(backend: CpuBackend) -> None:
+    compute = TinyStep(backend)
+
+    def with_torch(token_ids: torch.Tensor, plan: Any, indices: torch.Tensor) -> torch.Tensor:
+        return compute(token_ids, plan, indices) * 2
+
+    def of_other_tokens(token_ids: torch.Tensor, plan: Any, indices: torch.Tensor) -> torch.Tensor:
+        return compute(torch.tensor([1]), plan, indices)
+
+    for strange in (with_torch, of_other_tokens):
+        assert backend.record(strange, max_num_tokens=8, max_num_logits=2) is None
+    # And it runs its operators at once again.
+    assert backend.embed(torch.tensor([3, 4]), compute.table).shape == (2, HIDDEN)
+
+
+@torch.inference_mode()
+def test_a_step_larger_than_the_recording_is_refused(backend: CpuBackend) -> None:
+    recorded = backend.record(TinyStep(backend), max_num_tokens=8, max_num_logits=2)
+    assert recorded is not None
+    plan = backend.plan_attention(inputs_of(9), SPEC, BLOCK)
+    with pytest.raises(ValueError, match="larger than what was recorded"):
+        recorded(torch.arange(9), plan, torch.tensor([8]))
+
+
+def test_packed_weights_are_counted_as_they_are_kept(backend: CpuBackend) -> None:
+    weights = [("F32", (VOCAB, HIDDEN)), ("F32", (HIDDEN,))]
+    packed = backend.pack_linear([Weight(VOCAB, HIDDEN)]).matrix.nbytes
+    assert backend.weight_bytes(weights) == packed + HIDDEN * 4
+    assert backend.weight_bytes([("Q4_0", (4096, 4096))]) == 4096 * 4096 * 18 // 32
+
+
+def test_selection_says_why_plain_torch_serves() -> None:
+    assert label(select_backend("auto", CPU, torch.bfloat16, 64)).startswith("cpu (")
+    assert fallback_note("auto", CPU, torch.bfloat16, 64) is None
+    for dtype, head_dim, why in ((torch.float16, 64, "float16"), (torch.float32, 24, "heads of 24")):
+        assert select_backend("auto", CPU, dtype, head_dim).name == "reference"
+        assert why in str(fallback_note("auto", CPU, dtype, head_dim))
+        with pytest.raises(ValueError, match=why):
+            select_backend("cpu", CPU, dtype, head_dim)
+    assert fallback_note("reference", CPU, torch.float16, 64) is None
