@@ -227,8 +227,8 @@ class SilentClient(EngineClient):
             EngineReady(
                 max_model_len=8192, max_num_seqs=256, max_num_waiting=256, max_num_batched_tokens=8192,
                 block_size=BLOCK_SIZE, num_blocks=9000, pool_blocks=[9000], kv_cache_bytes=1,
-                weight_bytes=1, vocab_size=50000,
-                eos_token_ids=[0], prefix_caching=True, architecture="", dtype="", device="cpu", backend="", phases={},
+                weight_bytes=1, vocab_size=50000, eos_token_ids=[0], prefix_caching=True, architecture="", dtype="",
+                device="cpu", backend="", phases={},
             )
         )  # fmt: skip
 

@@ -104,9 +104,10 @@ class MoeSpec:
     activation: Activation
 
 
-StepFunction = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
-"""(token_ids int64 [num_tokens], plan, logits_indices int64 [num_logits]) → logits [num_logits, vocab]: a whole step of
-a model, made of a backend's operators."""
+StepFunction = Callable[[torch.Tensor, tuple[Any, ...], torch.Tensor], torch.Tensor]
+"""(token_ids int64 [num_tokens], plans, logits_indices int64 [num_logits]) → logits [num_logits, vocab]: a whole step
+of a model, made of a backend's operators. One plan for each group of layers; slots and block tables may differ between
+groups, rows, positions and lengths do not."""
 
 
 class KernelBackend(Protocol):
@@ -253,10 +254,12 @@ class DrawingBackend(KernelBackend, Protocol):
 class RecordingBackend(KernelBackend, Protocol):
     """A backend that runs a whole step in one call, once it has been told what a step is."""
 
-    def record(self, compute: StepFunction, *, max_num_tokens: int, max_num_logits: int) -> StepFunction | None:
+    def record(
+        self, compute: StepFunction, *, max_num_tokens: int, max_num_logits: int, num_groups: int
+    ) -> StepFunction | None:
         """Call `compute` once with stand-ins, remember the operators that it calls, and return what runs them for any
-        step of up to so many rows; its logits are overwritten by the next step. None where `compute` does more than
-        call operators of this backend, or not the same in every step."""
+        step of up to so many rows and as many plans; its logits are overwritten by the next step. None where `compute`
+        does more than call operators of this backend, or not the same in every step."""
         ...
 
 

@@ -16,24 +16,27 @@ from typing import Any
 
 import torch
 
-from ..backend import AttentionInputs, AttentionSpec, DrawParameters, StepFunction
+from ..backend import Activation, AttentionInputs, AttentionSpec, DrawParameters, MoeSpec, QKNorms, StepFunction
 from ..weights import StoredWeight
-from .library import Attention, Draw, NativeContext, Op, OpKind, Step, attention_workspace, copy_blocks, supported_isas
-from .packing import PackedMatrix, pack_matrix, packed_bytes
-from .program import LOGITS, RecordedStep, Recorder, Unrecordable
+from .library import (
+    Attention,
+    Draw,
+    Group,
+    NativeContext,
+    Op,
+    OpKind,
+    Step,
+    attention_workspace,
+    copy_blocks,
+    supported_isas,
+)
+from .packing import PackedExperts, PackedMatrix, pack_matrix, packed_bytes
+from .program import LOGITS, CpuPlan, GroupStandIn, RecordedStep, Recorder, Unrecordable
 
 logger = logging.getLogger("octavo.kernels")
 
-_SILU = 0
-
-
-@dataclass(slots=True, frozen=True)
-class CpuPlan:
-    """A step's rows as native code reads them."""
-
-    step: Step
-    inputs: AttentionInputs
-    """Keeps the memory that `step` points to."""
+_ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+"""OvActivation."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -58,7 +61,7 @@ class CpuBackend:
         isa = os.environ.get("OCTAVO_CPU_ISA") or supported_isas()[-1]
         self.detail = f"{isa}, {num_threads} thread{'s' if num_threads > 1 else ''}"
         self._recorder: Recorder | None = None
-        self._specs: dict[tuple[AttentionSpec, int], Attention] = {}
+        self._specs: dict[tuple[Any, ...], Attention] = {}
 
     @cached_property
     def _context(self) -> NativeContext:
@@ -76,8 +79,14 @@ class CpuBackend:
     def pack_embedding(self, table: StoredWeight) -> CpuLinear:
         return self.pack_linear([table])
 
-    def pack_vector(self, weight: StoredWeight) -> torch.Tensor:
-        return weight.dequantize(torch.float32)
+    def pack_vector(self, weight: StoredWeight, offset: float = 0.0) -> torch.Tensor:
+        return weight.dequantize(torch.float32).add_(offset)
+
+    def pack_experts(self, gate_up: Sequence[Sequence[StoredWeight]], down: Sequence[StoredWeight]) -> PackedExperts:
+        return PackedExperts(
+            [pack_matrix(parts, self._context) for parts in gate_up],
+            [pack_matrix([part], self._context) for part in down],
+        )
 
     # ------------------------------------------------------------------ running or noting an operator
 
@@ -115,8 +124,11 @@ class CpuBackend:
     def linear(self, x: torch.Tensor, weight: CpuLinear) -> torch.Tensor:
         return self._multiply(x, weight, self.dtype)
 
-    def logits(self, x: torch.Tensor, head: CpuLinear) -> torch.Tensor:
-        return self._multiply(x, head, torch.float32)
+    def logits(self, x: torch.Tensor, head: CpuLinear, *, scale: float = 1.0, soft_cap: float = 0.0) -> torch.Tensor:
+        out = self._multiply(x, head, torch.float32)
+        if scale != 1.0 or soft_cap:
+            self._do(OpKind.CAP, x, a=out, out=out, n=(out.shape[-1],), f=(scale, soft_cap))
+        return out
 
     def _multiply(self, x: torch.Tensor, weight: CpuLinear, dtype: torch.dtype) -> torch.Tensor:
         out = self._empty(x, weight.matrix.num_outputs, dtype)
@@ -125,13 +137,14 @@ class CpuBackend:
         self._do(OpKind.LINEAR, x, a=x, b=bias, out=out, weight=weight.matrix.pointer.value, n=(in_fp32,))
         return out
 
-    def embed(self, token_ids: torch.Tensor, table: CpuLinear) -> torch.Tensor:
+    def embed(self, token_ids: torch.Tensor, table: CpuLinear, scale: float = 1.0) -> torch.Tensor:
         if self._recorder is not None and token_ids is not self._recorder.token_ids:
             raise Unrecordable("an embedding of other tokens than the step's")
         width = table.matrix.num_inputs
         out = self._empty(token_ids, width)
         step = Step(num_tokens=token_ids.shape[0], token_ids=token_ids.data_ptr())
-        self._do(OpKind.EMBED, token_ids, step, out=out, weight=table.matrix.pointer.value, n=(width,), f=(1.0,))
+        factor = torch.tensor(scale, dtype=self.dtype).item()
+        self._do(OpKind.EMBED, token_ids, step, out=out, weight=table.matrix.pointer.value, n=(width,), f=(factor,))
         return out
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -141,15 +154,25 @@ class CpuBackend:
         return out
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, scale: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         width = x.shape[-1]
         out = self._empty(x, width)
-        self._do(OpKind.ADD_RMS_NORM, x, a=x, b=residual, out=out, out2=residual, weight=weight, n=(width, 1), f=(eps,))
+        fields = {"a": x, "b": residual, "out": out, "out2": residual, "weight": weight}
+        self._do(OpKind.ADD_RMS_NORM, x, **fields, n=(width, 1), f=(eps, scale))
         return out, residual
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        self._do(OpKind.ADD, x, a=x, b=residual, out=residual, n=(x.shape[-1],))
+    def norm_parts(self, x: torch.Tensor, weights: Sequence[torch.Tensor], eps: float) -> torch.Tensor:
+        start, stride = x.data_ptr(), x.stride(0)
+        for weight in weights:
+            width = weight.shape[0]
+            part = {"a": start, "out": start, "stride_a": stride, "stride_out": stride}
+            self._do(OpKind.RMS_NORM, x, **part, weight=weight, n=(width, 1), f=(eps,))
+            start += width * self.dtype.itemsize
+        return x
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        self._do(OpKind.ADD, x, a=x, b=residual, out=residual, n=(x.shape[-1],), f=(scale,))
         return residual
 
     def select_rows(self, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -160,33 +183,46 @@ class CpuBackend:
         self._do(OpKind.SELECT_ROWS, indices, step, rows=LOGITS, a=x, out=out, n=(x.shape[-1],))
         return out
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def gated(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         width = gate_up.shape[-1] // 2
         out = self._empty(gate_up, width)
-        self._do(OpKind.GATED, gate_up, a=gate_up, out=out, n=(width, _SILU))
+        self._do(OpKind.GATED, gate_up, a=gate_up, out=out, n=(width, _ACTIVATIONS[activation]))
+        return out
+
+    def moe(self, x: torch.Tensor, router_logits: torch.Tensor, experts: PackedExperts, spec: MoeSpec) -> torch.Tensor:
+        if not 0 < spec.num_experts_per_token <= spec.num_experts == experts.num_experts:
+            chosen, among = spec.num_experts_per_token, spec.num_experts
+            raise ValueError(f"{chosen} of {among} experts cannot be chosen where {experts.num_experts} are packed")
+        out = self._empty(x, experts.hidden_size)
+        how = (spec.num_experts_per_token, _ACTIVATIONS[spec.activation], int(spec.renormalize))
+        self._do(OpKind.MOE, x, a=x, b=router_logits, out=out, weight=experts.address, n=how)
         return out
 
     # ------------------------------------------------------------------ attention
 
     def plan_attention(self, inputs: AttentionInputs, spec: AttentionSpec, block_size: int) -> CpuPlan:
+        group = Group(
+            slots=inputs.slots.data_ptr(),
+            block_tables=inputs.block_tables.data_ptr(),
+            table_stride=inputs.block_tables.stride(0),
+        )
         step = Step(
             num_tokens=inputs.positions.shape[0],
             num_rows=inputs.num_rows,
             num_decode_rows=inputs.num_decode_rows,
             positions=inputs.positions.data_ptr(),
-            slots=inputs.slots.data_ptr(),
             query_starts=inputs.query_starts.data_ptr(),
             kv_lens=inputs.kv_lens.data_ptr(),
-            block_tables=inputs.block_tables.data_ptr(),
-            table_stride=inputs.block_tables.stride(0),
+            groups=ctypes.pointer(group),
         )
-        return CpuPlan(step, inputs)
+        return CpuPlan(step, group, inputs)
 
-    def _shape(self, spec: AttentionSpec, block_size: int) -> Attention:
+    def _shape(self, spec: AttentionSpec, block_size: int, norms: QKNorms | None = None) -> Attention:
         """Native code's form of a layer's shape, which lives as long as the backend."""
-        key = (spec, block_size)
+        weights = None if norms is None else (norms.q.data_ptr(), norms.k.data_ptr(), norms.eps)
+        key = (spec, block_size, weights)
         if key not in self._specs:
-            self._specs[key] = Attention(
+            shape = self._specs[key] = Attention(
                 num_heads=spec.num_heads,
                 num_kv_heads=spec.num_kv_heads,
                 head_dim=spec.head_dim,
@@ -195,29 +231,33 @@ class CpuBackend:
                 scale=spec.scale,
                 soft_cap=spec.soft_cap,
             )
+            if weights is not None:
+                shape.q_norm, shape.k_norm, shape.norm_eps = weights
         return self._specs[key]
 
     def rope_and_write_kv(
-        self, qkv: torch.Tensor, rope_table: torch.Tensor, kv_layer: torch.Tensor, plan: Any, spec: AttentionSpec
+        self,
+        qkv: torch.Tensor,
+        rope_table: torch.Tensor,
+        kv_layer: torch.Tensor,
+        plan: CpuPlan | GroupStandIn,
+        spec: AttentionSpec,
+        norms: QKNorms | None = None,
     ) -> torch.Tensor:
         q = self._empty(qkv, spec.num_heads * spec.head_dim)
-        self._do(
-            OpKind.ROPE_WRITE,
-            qkv,
-            getattr(plan, "step", None),
-            a=qkv,
-            out=q,
-            out2=kv_layer,
-            weight=rope_table,
-            spec=ctypes.pointer(self._shape(spec, kv_layer.shape[3])),
-            n=(rope_table.shape[1],),
-        )
+        shape = ctypes.pointer(self._shape(spec, kv_layer.shape[3], norms))
+        step, group = _rows_of(plan)
+        fields = {"a": qkv, "out": q, "out2": kv_layer, "weight": rope_table, "spec": shape}
+        self._do(OpKind.ROPE_WRITE, qkv, step, **fields, n=(rope_table.shape[1], group))
         return q
 
-    def attention(self, q: torch.Tensor, kv_layer: torch.Tensor, plan: Any, spec: AttentionSpec) -> torch.Tensor:
+    def attention(
+        self, q: torch.Tensor, kv_layer: torch.Tensor, plan: CpuPlan | GroupStandIn, spec: AttentionSpec
+    ) -> torch.Tensor:
         out = self._empty(q, spec.num_heads * spec.head_dim)
         shape = ctypes.pointer(self._shape(spec, kv_layer.shape[3]))
-        self._do(OpKind.ATTENTION, q, getattr(plan, "step", None), a=q, out=out, out2=kv_layer, spec=shape)
+        step, group = _rows_of(plan)
+        self._do(OpKind.ATTENTION, q, step, a=q, out=out, out2=kv_layer, spec=shape, n=(0, group))
         return out
 
     def attention_workspace_bytes(
@@ -247,14 +287,21 @@ class CpuBackend:
 
     # ------------------------------------------------------------------ whole steps
 
-    def record(self, compute: StepFunction, *, max_num_tokens: int, max_num_logits: int) -> StepFunction | None:
-        recorder = self._recorder = Recorder(max_num_tokens, max_num_logits)
+    def record(
+        self, compute: StepFunction, *, max_num_tokens: int, max_num_logits: int, num_groups: int
+    ) -> StepFunction | None:
+        recorder = self._recorder = Recorder(max_num_tokens, max_num_logits, num_groups)
         try:
             with recorder:
-                logits = compute(recorder.token_ids, None, recorder.logits_indices)
+                logits = compute(recorder.token_ids, recorder.plans, recorder.logits_indices)
         except Unrecordable as error:
             logger.info("steps are not recorded: %s", error)
             return None
         finally:
             self._recorder = None
         return RecordedStep(self._context, recorder, logits)
+
+
+def _rows_of(plan: CpuPlan | GroupStandIn) -> tuple[Step | None, int]:
+    """The step that an operator reads at once, and which of its groups."""
+    return (None, plan.index) if isinstance(plan, GroupStandIn) else (plan.step, 0)

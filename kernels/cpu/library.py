@@ -36,6 +36,8 @@ class OpKind(IntEnum):
     ATTENTION = 7
     SELECT_ROWS = 8
     DRAW = 9
+    CAP = 10
+    MOE = 11
 
 
 class Attention(ctypes.Structure):
@@ -76,6 +78,16 @@ class Op(ctypes.Structure):
     )
 
 
+class Group(ctypes.Structure):
+    """OvGroup."""
+
+    _fields_ = (
+        ("slots", ctypes.c_void_p),
+        ("block_tables", ctypes.c_void_p),
+        ("table_stride", ctypes.c_int64),
+    )
+
+
 class Step(ctypes.Structure):
     """OvStep."""
 
@@ -86,11 +98,9 @@ class Step(ctypes.Structure):
         ("num_decode_rows", ctypes.c_int64),
         ("token_ids", ctypes.c_void_p),
         ("positions", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
         ("query_starts", ctypes.c_void_p),
         ("kv_lens", ctypes.c_void_p),
-        ("block_tables", ctypes.c_void_p),
-        ("table_stride", ctypes.c_int64),
+        ("groups", ctypes.POINTER(Group)),
         ("logits_indices", ctypes.c_void_p),
     )
 

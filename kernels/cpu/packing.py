@@ -67,6 +67,38 @@ class PackedMatrix:
             self._library.ov_matrix_destroy(self.pointer)
 
 
+class _Experts(ctypes.Structure):
+    """OvExperts."""
+
+    _fields_ = (("num_experts", ctypes.c_int64), ("gate_up", ctypes.c_void_p), ("down", ctypes.c_void_p))
+
+
+class PackedExperts:
+    """The experts of a layer, each matrix packed on its own."""
+
+    def __init__(self, gate_up: Sequence[PackedMatrix], down: Sequence[PackedMatrix]) -> None:
+        """gate_up[e] [2 * inner, hidden], gate above up; down[e] [hidden, inner]. Raises ValueError if experts
+        differ in shape."""
+        shapes = {
+            (wide.num_outputs, wide.num_inputs, narrow.num_outputs, narrow.num_inputs)
+            for wide, narrow in zip(gate_up, down, strict=True)
+        }
+        fits = len(shapes) == 1 and all(a == 2 * d and b == c for a, b, c, d in shapes)
+        if not fits:
+            raise ValueError(f"experts of a layer must have one shape, of two halves and their way back: {shapes}")
+        self.num_experts = len(down)
+        self.hidden_size = down[0].num_outputs
+        self.nbytes = sum(matrix.nbytes for matrix in (*gate_up, *down))
+        self._matrices = (*gate_up, *down)
+        self._tables = [(ctypes.c_void_p * len(side))(*(m.pointer.value for m in side)) for side in (gate_up, down)]
+        self._native = _Experts(self.num_experts, *(ctypes.addressof(table) for table in self._tables))
+
+    @property
+    def address(self) -> int:
+        """OvExperts *, for OvOp.weight."""
+        return ctypes.addressof(self._native)
+
+
 def packed_bytes(encoding: str, shape: Sequence[int], dtype: torch.dtype) -> int:
     """Memory that a weight will take: a matrix as `PackedMatrix` keeps it, a vector in fp32. Raises RuntimeError where
     there is no library."""

@@ -7,14 +7,16 @@ holds them any more. What is noted does not depend on the number of rows, so one
 
 from __future__ import annotations
 
-import ctypes
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .library import NativeContext, Op, Step
+from ..backend import AttentionInputs
+from .library import Group, NativeContext, Op, Step
 
 TOKENS, LOGITS = 0, 1
 """OvRows: whether an operator has a row for each token or for each row that draws."""
@@ -35,6 +37,24 @@ _HARMLESS = frozenset(
 """What looks at a tensor without reading it."""
 
 
+@dataclass(slots=True, frozen=True)
+class CpuPlan:
+    """The rows of a step as native code reads them, for the layers of one group."""
+
+    step: Step
+    """With `group` as its only group."""
+    group: Group
+    inputs: AttentionInputs
+    """Keeps the memory that both point to."""
+
+
+@dataclass(slots=True, frozen=True)
+class GroupStandIn:
+    """In place of a group's plan while a step is recorded."""
+
+    index: int
+
+
 class Unrecordable(Exception):
     """The step does something that is no operator of this backend."""
 
@@ -43,7 +63,7 @@ class Recorder(TorchFunctionMode):
     """Notes operators while it is entered. Touching a stand-in by torch raises Unrecordable: that would happen once,
     and never again."""
 
-    def __init__(self, max_num_tokens: int, max_num_logits: int) -> None:
+    def __init__(self, max_num_tokens: int, max_num_logits: int, num_groups: int) -> None:
         super().__init__()
         self._num_rows = (max_num_tokens, max_num_logits)
         self.ops: list[Op] = []
@@ -52,6 +72,7 @@ class Recorder(TorchFunctionMode):
         self._free: list[torch.Tensor] = []
         self._domains: dict[int, int] = {}
         """Address of a live stand-in → TOKENS or LOGITS."""
+        self.plans = tuple(GroupStandIn(index) for index in range(num_groups))
         self.token_ids = torch.empty(max_num_tokens, dtype=torch.int64)
         self.logits_indices = torch.empty(max_num_logits, dtype=torch.int64)
         self._watch(self.token_ids, TOKENS)
@@ -105,23 +126,24 @@ class RecordedStep:
         self._memory = recorder.memory
         self._logits = logits  # [max_num_logits, vocab]
         self._max_num_tokens = recorder.token_ids.shape[0]
+        self._num_groups = len(recorder.plans)
 
     @property
     def memory_bytes(self) -> int:
         """Of all intermediate results."""
         return sum(buffer.nbytes for buffer in self._memory)
 
-    def __call__(self, token_ids: torch.Tensor, plan: Any, logits_indices: torch.Tensor) -> torch.Tensor:
-        """Raises ValueError for a step of more rows than was recorded for."""
+    def __call__(self, token_ids: torch.Tensor, plans: Sequence[CpuPlan], logits_indices: torch.Tensor) -> torch.Tensor:
+        """Raises ValueError for a step of more rows, or of other groups, than was recorded for."""
         num_tokens, num_logits = token_ids.shape[0], logits_indices.shape[0]
         if num_tokens > self._max_num_tokens or num_logits > self._logits.shape[0]:
             raise ValueError(f"a step of {num_tokens} tokens and {num_logits} draws is larger than what was recorded")
-        step = Step.from_buffer_copy(plan.step)
+        if len(plans) != self._num_groups:
+            raise ValueError(f"plans for {len(plans)} groups of layers; the step was recorded with {self._num_groups}")
+        # Rows are common to all groups, so any plan has them.
+        step = Step.from_buffer_copy(plans[0].step)
+        step.groups = (Group * len(plans))(*(plan.group for plan in plans))
         step.num_tokens, step.token_ids = num_tokens, token_ids.data_ptr()
         step.num_logits, step.logits_indices = num_logits, logits_indices.data_ptr()
         self._context.run(self._ops, step)
         return self._logits[:num_logits]
-
-
-def address(tensor: torch.Tensor | None) -> ctypes.c_void_p | None:
-    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())

@@ -65,4 +65,4 @@ def moe(
             out[places[start : start + count]] = experts.down[expert](inner)
             start += count
     # [num_tokens, k, hidden] times [num_tokens, k, 1], summed in fp32.
-    return (out.view(num_tokens, chosen, -1) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+    return (out.view(num_tokens, chosen, x.shape[1]) * weights.unsqueeze(-1)).sum(1).to(x.dtype)

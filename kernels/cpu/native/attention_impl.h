@@ -291,7 +291,8 @@ OV_INLINE void ov_begin_item(OvItem *item, const OvOp *op, const OvStep *step, c
     item->spec = op->spec;
     item->scratch = (OvAttentionScratch *)scratch;
     item->sequence = &walk->sequence;
-    item->table = step->block_tables + walk->row * step->table_stride;
+    const OvGroup *group = &step->groups[op->n[1]];
+    item->table = group->block_tables + walk->row * group->table_stride;
     item->first_token = step->query_starts[walk->row];
     item->head = head;
     item->width = op->spec->head_dim;

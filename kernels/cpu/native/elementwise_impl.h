@@ -31,8 +31,9 @@ OV_INLINE int64_t ov_grain(const OvWorker *w, int64_t total, int64_t most) {
                 else row(op, step, r_, 0);                                                                \
     } while (0)
 
-/* The sum of squares: four sums of every fourth vector, then a tree. With b, x becomes a + b as it is stored. */
-OV_INLINE float ov_sum_squares(const void *a, const void *b, void *sum, int64_t width, int bf16) {
+/* The sum of squares: four sums of every fourth vector, then a tree. With b, x becomes scale * a + b as it
+ * is stored. */
+OV_INLINE float ov_sum_squares(const void *a, float scale, const void *b, void *sum, int64_t width, int bf16) {
     V16 sums[4] = {v16_zero(), v16_zero(), v16_zero(), v16_zero()};
     for (int64_t start = 0; start < width; start += 64) {
         for (int k = 0; k < 4; k++) {
@@ -40,7 +41,7 @@ OV_INLINE float ov_sum_squares(const void *a, const void *b, void *sum, int64_t 
             if (n <= 0) break;
             V16 x = v16_get(a, i, (int)n, bf16);
             if (b) {
-                x = v16_rounded(v16_add(x, v16_get(b, i, (int)n, bf16)), bf16);
+                x = v16_rounded(v16_fma(x, v16_set(scale), v16_get(b, i, (int)n, bf16)), bf16);
                 v16_put(sum, i, x, (int)n, bf16);
             }
             sums[k] = v16_fma(x, x, sums[k]);
@@ -66,7 +67,7 @@ OV_INLINE void ov_rms_norm_row(const OvOp *op, const OvStep *step, int64_t r, in
     for (int64_t k = 0; k < op->n[1]; k++) {
         const void *x = ov_at(op->a, r * op->stride_a + k * width, bf16);
         void *out = ov_at(op->out, r * op->stride_out + k * width, bf16);
-        float squares = ov_sum_squares(x, NULL, NULL, width, bf16);
+        float squares = ov_sum_squares(x, 1.0f, NULL, NULL, width, bf16);
         ov_norm_row(x, squares, (const float *)op->weight, out, width, op->f[0], bf16);
     }
 }
@@ -79,7 +80,7 @@ OV_INLINE void ov_add_rms_norm_row(const OvOp *op, const OvStep *step, int64_t r
         const void *b = ov_at(op->b, r * op->stride_b + k * width, bf16);
         void *sum = ov_at(op->out2, r * op->stride_out2 + k * width, bf16);
         void *out = ov_at(op->out, r * op->stride_out + k * width, bf16);
-        float squares = ov_sum_squares(a, b, sum, width, bf16);
+        float squares = ov_sum_squares(a, op->f[1], b, sum, width, bf16);
         ov_norm_row(sum, squares, (const float *)op->weight, out, width, op->f[0], bf16);
     }
 }
@@ -90,7 +91,8 @@ OV_INLINE void ov_add_row(const OvOp *op, const OvStep *step, int64_t r, int bf1
     void *out = ov_at(op->out, r * op->stride_out, bf16);
     for (int64_t i = 0; i < op->n[0]; i += 16) {
         int n = (int)ov_min(16, op->n[0] - i);
-        v16_put(out, i, v16_add(v16_get(a, i, n, bf16), v16_get(b, i, n, bf16)), n, bf16);
+        V16 x = v16_fma(v16_get(a, i, n, bf16), v16_set(op->f[0]), v16_get(b, i, n, bf16));
+        v16_put(out, i, x, n, bf16);
     }
 }
 
@@ -115,7 +117,7 @@ OV_INLINE V16 ov_gelu_tanh(V16 x) {
     return v16_fma(half, v16_tanh(inner), half);
 }
 
-#define OV_GATED_SPAN 512 /* columns of an item: a single row is shared among threads too */
+#define OV_SPAN 512 /* columns of an item: a single row is shared among threads too */
 
 OV_INLINE void ov_gated_span(const void *gate, const void *up, void *out, int64_t width, int activation, int bf16) {
     for (int64_t i = 0; i < width; i += 16) {
@@ -129,14 +131,14 @@ OV_INLINE void ov_gated_span(const void *gate, const void *up, void *out, int64_
 }
 
 OV_INLINE void ov_gated_items(const OvOp *op, const OvStep *step, OvWorker *w, int activation, int bf16) {
-    int64_t width = op->n[0], spans = (width + OV_GATED_SPAN - 1) / OV_GATED_SPAN;
+    int64_t width = op->n[0], spans = ov_ceil_div(width, OV_SPAN);
     int64_t total = ov_num_rows(op, step) * spans, grain = ov_grain(w, total, 16), first;
     while ((first = ov_take(w, total, grain)) >= 0) {
         for (int64_t item = first; item < ov_min(first + grain, total); item++) {
-            int64_t r = item / spans, column = item % spans * OV_GATED_SPAN;
+            int64_t r = item / spans, column = item % spans * OV_SPAN;
             const void *gate = ov_at(op->a, r * op->stride_a + column, bf16);
             ov_gated_span(gate, ov_at(gate, width, bf16), ov_at(op->out, r * op->stride_out + column, bf16),
-                          ov_min(OV_GATED_SPAN, width - column), activation, bf16);
+                          ov_min(OV_SPAN, width - column), activation, bf16);
         }
     }
 }
@@ -156,6 +158,24 @@ static void ov_gated(const OvOp *op, const OvStep *step, OvWorker *w) {
     if (kind == OV_SILU) bf16 ? ov_gated_items(op, step, w, OV_SILU, 1) : ov_gated_items(op, step, w, OV_SILU, 0);
     else if (kind == OV_GELU) bf16 ? ov_gated_items(op, step, w, OV_GELU, 1) : ov_gated_items(op, step, w, OV_GELU, 0);
     else bf16 ? ov_gated_items(op, step, w, OV_GELU_TANH, 1) : ov_gated_items(op, step, w, OV_GELU_TANH, 0);
+}
+
+OV_INLINE void ov_cap_span(const float *from, float *to, int64_t width, float scale, float cap) {
+    for (int64_t i = 0; i < width; i += 16) {
+        int n = (int)ov_min(16, width - i);
+        V16 x = v16_mul(v16_get(from, i, n, 0), v16_set(scale));
+        if (cap != 0.0f) x = v16_mul(v16_tanh(v16_div(x, v16_set(cap))), v16_set(cap));
+        v16_put(to, i, x, n, 0);
+    }
+}
+
+static void ov_cap(const OvOp *op, const OvStep *step, OvWorker *w) {
+    int64_t width = op->n[0], spans = ov_ceil_div(width, OV_SPAN), total = ov_num_rows(op, step) * spans;
+    for (int64_t item; (item = ov_take(w, total, 1)) >= 0;) {
+        int64_t r = item / spans, column = item % spans * OV_SPAN;
+        ov_cap_span((const float *)op->a + r * op->stride_a + column, (float *)op->out + r * op->stride_out + column,
+                    ov_min(OV_SPAN, width - column), op->f[0], op->f[1]);
+    }
 }
 
 #endif

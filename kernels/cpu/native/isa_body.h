@@ -9,6 +9,7 @@
 #include "rope_impl.h"
 #include "attention_impl.h"
 #include "sampling_impl.h"
+#include "moe_impl.h"
 
 extern const OvKernels OV_ISA_KERNELS;
 
@@ -26,11 +27,15 @@ const OvKernels OV_ISA_KERNELS = {
             [OV_ROPE_WRITE] = {ov_rope_write},
             [OV_ATTENTION] = {ov_attention, ov_attention_merge},
             [OV_DRAW] = {ov_draw_phase},
+            [OV_CAP] = {ov_cap},
+            [OV_MOE] = {moe_route_tokens, moe_group, moe_gather, moe_arrange_gate_up, moe_multiply_gate_up, moe_gate,
+                        moe_arrange_down, moe_multiply_down, moe_sum},
         },
     .plans =
         {
             [OV_LINEAR] = linear_plan,
             [OV_ATTENTION] = ov_attention_plan,
+            [OV_MOE] = moe_plan,
         },
 #ifdef OV_AMX
     .thread_enter = tiles_enter,

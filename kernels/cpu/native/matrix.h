@@ -89,6 +89,13 @@ typedef struct {
     OvSegment segments[OV_MAX_SEGMENTS];
 } OvMatrix;
 
+/* The experts of a layer, all of one shape. */
+typedef struct {
+    int64_t num_experts;
+    const OvMatrix *const *gate_up; /* [2 * inner outputs, hidden inputs] each, gate first */
+    const OvMatrix *const *down;    /* [hidden outputs, inner inputs] each */
+} OvExperts;
+
 typedef struct {
     int64_t encoding; /* OvEncoding, of the file */
     int64_t num_outputs;

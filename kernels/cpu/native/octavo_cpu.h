@@ -25,18 +25,25 @@ typedef enum {
                          weight: OvMatrix; n[0] width */
     OV_RMS_NORM,      /* out[r] = norm(a[r]) * weight; statistics in fp32. weight: fp32 [n[0]]; n[0] width,
                          n[1] rows of this width within one row of the step (1, or heads); f[0] eps */
-    OV_ADD_RMS_NORM,  /* out2[r] = a[r] + b[r] (rounded), out[r] = norm(out2[r]) * weight; out2 may be b. As above */
-    OV_ADD,           /* out[r] = a[r] + b[r]; n[0] width */
+    OV_ADD_RMS_NORM,  /* out2[r] = f[1] * a[r] + b[r] (rounded once), out[r] = norm(out2[r]) * weight; out2 may be b.
+                         As above */
+    OV_ADD,           /* out[r] = f[0] * a[r] + b[r]; n[0] width */
     OV_LINEAR,        /* out[r] = weight . a[r] + b; weight: OvMatrix; b: fp32 [num_outputs] or NULL;
                          n[0]: 1 if out is fp32 whatever the working type */
     OV_GATED,         /* out[r][i] = act(a[r][i]) * a[r][n[0] + i]; n[0] width of out; n[1] OvActivation */
     OV_ROPE_WRITE,    /* rotates q and k of a = qkv [.., (heads + 2 kv_heads) * head_dim], writes k and v to their
                          slots of the layer, leaves q in out [.., heads * head_dim]. spec: OvAttention; out2: K/V layer;
                          weight: rope table fp32 [.., rotary_dim], cosines in the first half, sines in the second;
-                         n[0] rotary_dim */
-    OV_ATTENTION,     /* out[r] = attention of q a[r] over its sequence's K/V. spec: OvAttention; out2: K/V layer */
+                         n[0] rotary_dim; n[1] the layer's group */
+    OV_ATTENTION,     /* out[r] = attention of q a[r] over its sequence's K/V. spec: OvAttention; out2: K/V layer;
+                         n[1] the layer's group */
     OV_SELECT_ROWS,   /* out[i] = a[logits_indices[i]]; n[0] width; always num_logits rows */
     OV_DRAW,          /* out[i] (int64) = the token drawn from logits a[i], fp32 [n[0]]; weight: OvDraw (sampling.h) */
+    OV_CAP,           /* out[r] = f[1] * tanh(f[0] * a[r] / f[1]), or f[0] * a[r] if f[1] is 0; fp32 whatever the working
+                         type; n[0] width; out may be a */
+    OV_MOE,           /* out[r] = the weighted sum of what the experts chosen by the router's logits b[r] make of a[r]
+                         (moe_impl.h). weight: OvExperts (matrix.h); n[0] experts per token; n[1] OvActivation; n[2]: 1 if
+                         the weights of the chosen are made to sum to 1 */
     OV_NUM_KINDS
 } OvKind;
 
@@ -64,16 +71,21 @@ typedef struct {
     float f[2];
 } OvOp;
 
+/* Where the layers of one group keep K/V in a step. */
+typedef struct {
+    const int64_t *slots;        /* [num_tokens] block id * block_size + offset; negative: written nowhere */
+    const int64_t *block_tables; /* [num_rows, table_stride] */
+    int64_t table_stride;
+} OvGroup;
+
 /* One step's rows. All arrays are the host's; sequences are ordered decode-first, as kernels/backend.py says. */
 typedef struct {
     int64_t num_tokens, num_logits, num_rows, num_decode_rows;
     const int64_t *token_ids;      /* [num_tokens] */
     const int64_t *positions;      /* [num_tokens] */
-    const int64_t *slots;          /* [num_tokens] block id * block_size + offset; negative: written nowhere */
     const int64_t *query_starts;   /* [num_rows + 1] */
     const int64_t *kv_lens;        /* [num_rows], this step's tokens included */
-    const int64_t *block_tables;   /* [num_rows, table_stride] */
-    int64_t table_stride;
+    const OvGroup *groups;         /* as many as the operators name */
     const int64_t *logits_indices; /* [num_logits] */
 } OvStep;
 
@@ -110,7 +122,7 @@ typedef struct {
 
 typedef void (*OvPlanner)(const OvOp *, const OvStep *, OvType, int num_threads, OvPlan *);
 
-#define OV_MAX_PHASES 3
+#define OV_MAX_PHASES 9
 
 /* What one instruction set offers. A phase starts when all threads have left the one before. */
 typedef struct {

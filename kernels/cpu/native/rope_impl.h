@@ -11,7 +11,7 @@
 
 /* x = norm(x) * weight, both fp32 [width]. */
 OV_INLINE void ov_norm_head(float *x, const float *weight, float eps, int64_t width) {
-    float squares = ov_sum_squares(x, NULL, NULL, width, 0);
+    float squares = ov_sum_squares(x, 1.0f, NULL, NULL, width, 0);
     ov_norm_row(x, squares, weight, x, width, eps, 0);
 }
 
@@ -83,7 +83,7 @@ OV_INLINE void ov_fetch_slot(const OvOp *op, int64_t block, int64_t offset, int 
 
 OV_INLINE void ov_rope_write_row(const OvOp *op, const OvStep *step, int64_t r, int bf16) {
     const OvAttention *spec = op->spec;
-    int64_t width = spec->head_dim, half = op->n[0] / 2, slot = step->slots[r];
+    int64_t width = spec->head_dim, half = op->n[0] / 2, slot = step->groups[op->n[1]].slots[r];
     const float *cos_sin = (const float *)op->weight + step->positions[r] * op->n[0];
     const void *row = ov_at(op->a, r * op->stride_a, bf16);
     float x[OV_MAX_HEAD_DIM] __attribute__((aligned(64)));

@@ -44,14 +44,14 @@ class TinyStep:
         self.rope = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
         self.kv = torch.zeros(8, 2, 2, BLOCK, 16, dtype=backend.dtype)
 
-    def __call__(self, token_ids: torch.Tensor, plan: Any, logits_indices: torch.Tensor) -> torch.Tensor:
-        b = self.backend
+    def __call__(self, token_ids: torch.Tensor, plans: tuple[Any, ...], logits_indices: torch.Tensor) -> torch.Tensor:
+        b, (plan,) = self.backend, plans
         residual = b.embed(token_ids, self.table)
         x = b.rms_norm(residual, self.norm, 1e-5)
         q = b.rope_and_write_kv(b.linear(x, self.qkv), self.rope, self.kv, plan, SPEC)
         x = b.linear(b.attention(q, self.kv, plan, SPEC), self.out)
         x, residual = b.add_rms_norm(x, residual, self.norm, 1e-5)
-        x = b.linear(b.silu_mul(b.linear(x, self.gate_up)), self.down)
+        x = b.linear(b.gated(b.linear(x, self.gate_up), "silu"), self.down)
         hidden = b.add(x, residual)
         return b.logits(b.rms_norm(b.select_rows(hidden, logits_indices), self.norm, 1e-5), self.table)
 
@@ -81,16 +81,16 @@ def backend(request: pytest.FixtureRequest) -> CpuBackend:
 @torch.inference_mode()
 def test_a_recorded_step_equals_its_operators_one_by_one(backend: CpuBackend) -> None:
     compute = TinyStep(backend)
-    recorded = backend.record(compute, max_num_tokens=40, max_num_logits=5)
+    recorded = backend.record(compute, max_num_tokens=40, max_num_logits=5, num_groups=1)
     assert recorded is not None
     for num_tokens, wanted in ((1, [0]), (3, [0, 2]), (40, [39, 7, 7, 0, 12]), (17, []), (2, [1])):
         token_ids = torch.arange(num_tokens) % VOCAB
         indices = torch.tensor(wanted, dtype=torch.int64)
-        plan = backend.plan_attention(inputs_of(num_tokens), SPEC, BLOCK)
-        logits = recorded(token_ids, plan, indices).clone()
+        plans = (backend.plan_attention(inputs_of(num_tokens), SPEC, BLOCK),)
+        logits = recorded(token_ids, plans, indices).clone()
         keys = compute.kv.clone()
         compute.kv.zero_()
-        assert torch.equal(logits, compute(token_ids, plan, indices))
+        assert torch.equal(logits, compute(token_ids, plans, indices))
         assert logits.shape == (len(wanted), VOCAB)
         assert not logits.isnan().any()
         written = slice(1, 1 + -(-num_tokens // BLOCK))
@@ -101,12 +101,12 @@ def test_a_recorded_step_equals_its_operators_one_by_one(backend: CpuBackend) ->
 def test_buffers_of_a_recording_are_shared(backend: CpuBackend) -> None:
     compute = TinyStep(backend)
 
-    def deep(token_ids: torch.Tensor, plan: Any, indices: torch.Tensor) -> torch.Tensor:
+    def deep(token_ids: torch.Tensor, plans: Any, indices: torch.Tensor) -> torch.Tensor:
         for _ in range(20):
-            logits = compute(token_ids, plan, indices)
+            logits = compute(token_ids, plans, indices)
         return logits
 
-    shallow, deeper = (backend.record(f, max_num_tokens=512, max_num_logits=4) for f in (compute, deep))
+    shallow, deeper = (backend.record(f, max_num_tokens=512, max_num_logits=4, num_groups=1) for f in (compute, deep))
     assert deeper.memory_bytes <= 1.2 * shallow.memory_bytes  # type: ignore[union-attr]
 
 
@@ -114,25 +114,25 @@ def test_buffers_of_a_recording_are_shared(backend: CpuBackend) -> None:
 def test_what_is_no_operator_is_not_recorded(backend: CpuBackend) -> None:
     compute = TinyStep(backend)
 
-    def with_torch(token_ids: torch.Tensor, plan: Any, indices: torch.Tensor) -> torch.Tensor:
-        return compute(token_ids, plan, indices) * 2
+    def with_torch(token_ids: torch.Tensor, plans: Any, indices: torch.Tensor) -> torch.Tensor:
+        return compute(token_ids, plans, indices) * 2
 
-    def of_other_tokens(token_ids: torch.Tensor, plan: Any, indices: torch.Tensor) -> torch.Tensor:
-        return compute(torch.tensor([1]), plan, indices)
+    def of_other_tokens(token_ids: torch.Tensor, plans: Any, indices: torch.Tensor) -> torch.Tensor:
+        return compute(torch.tensor([1]), plans, indices)
 
     for strange in (with_torch, of_other_tokens):
-        assert backend.record(strange, max_num_tokens=8, max_num_logits=2) is None
+        assert backend.record(strange, max_num_tokens=8, max_num_logits=2, num_groups=1) is None
     # And it runs its operators at once again.
     assert backend.embed(torch.tensor([3, 4]), compute.table).shape == (2, HIDDEN)
 
 
 @torch.inference_mode()
 def test_a_step_larger_than_the_recording_is_refused(backend: CpuBackend) -> None:
-    recorded = backend.record(TinyStep(backend), max_num_tokens=8, max_num_logits=2)
+    recorded = backend.record(TinyStep(backend), max_num_tokens=8, max_num_logits=2, num_groups=1)
     assert recorded is not None
-    plan = backend.plan_attention(inputs_of(9), SPEC, BLOCK)
+    plans = (backend.plan_attention(inputs_of(9), SPEC, BLOCK),)
     with pytest.raises(ValueError, match="larger than what was recorded"):
-        recorded(torch.arange(9), plan, torch.tensor([8]))
+        recorded(torch.arange(9), plans, torch.tensor([8]))
 
 
 def test_packed_weights_are_counted_as_they_are_kept(backend: CpuBackend) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from octavo.kernels.cpu.library import Attention, NativeContext, Op, OpKind, Step, supported_isas
+from octavo.kernels.cpu.library import Attention, Group, NativeContext, Op, OpKind, Step, supported_isas
 
 pytestmark = pytest.mark.skipif(not supported_isas(), reason="the native library was not built")
 
@@ -121,11 +121,9 @@ class Pool:
             num_rows=len(counts),
             num_decode_rows=sum(count == 1 for _, count in counts),
             positions=position.data_ptr(),
-            slots=slot.data_ptr(),
             query_starts=starts.data_ptr(),
             kv_lens=kv_lens.data_ptr(),
-            block_tables=tables.data_ptr(),
-            table_stride=tables.stride(0),
+            groups=ctypes.pointer(Group(slot.data_ptr(), tables.data_ptr(), tables.stride(0))),
         )
         q_width = self.shape.num_heads * self.shape.head_dim
         q, out = merged.new_empty(merged.shape[0], q_width), merged.new_empty(merged.shape[0], q_width + 3)
@@ -266,7 +264,7 @@ def test_a_row_without_keys_gives_zeros(isa: str, dtype: torch.dtype) -> None:
     q, out = torch.randn(1, 576).to(dtype), torch.full((1, 576), math.nan, dtype=dtype)
     starts, kv_lens, table = torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1, 1, dtype=torch.int64)
     step = Step(num_tokens=1, num_rows=1, query_starts=starts.data_ptr(), kv_lens=kv_lens.data_ptr())
-    step.block_tables, step.table_stride = table.data_ptr(), 1
+    step.groups = ctypes.pointer(Group(block_tables=table.data_ptr(), table_stride=1))
     native = shape.native()
     op = Op(kind=OpKind.ATTENTION, a=q.data_ptr(), out=out.data_ptr(), out2=q.data_ptr(), spec=ctypes.pointer(native))
     op.stride_a = op.stride_out = 576

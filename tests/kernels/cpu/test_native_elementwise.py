@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from octavo.kernels.cpu.library import Attention, NativeContext, Op, OpKind, Step, supported_isas
+from octavo.kernels.cpu.library import Attention, Group, NativeContext, Op, OpKind, Step, supported_isas
 
 pytestmark = pytest.mark.skipif(not supported_isas(), reason="the native library was not built")
 
@@ -34,17 +34,15 @@ def unaligned(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 
 def run(native: NativeContext, kind: OpKind, num_rows: int, **fields: Any) -> None:
-    """One operator; tensors give a pointer and a stride, tuples fill n."""
+    """One operator; tensors give a pointer and a stride, tuples fill n and f."""
     op = Op(kind=kind)
     for name, value in fields.items():
         if isinstance(value, torch.Tensor):
             setattr(op, name, value.data_ptr())
             if name != "weight":
                 setattr(op, f"stride_{name}", value.stride(0))
-        elif isinstance(value, tuple):
-            op.n[: len(value)] = value
         else:
-            op.f[0] = value
+            getattr(op, name)[: len(value)] = value
     native.run([op], Step(num_tokens=num_rows))
 
 
@@ -63,7 +61,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def test_rms_norm(isa: str, dtype: torch.dtype, width: int) -> None:
     x, weight = unaligned(5, 3 * width, dtype=dtype), torch.randn(width + 1)[1:]
     out = torch.full_like(x, 7.0)
-    run(context(isa, dtype, 2), OpKind.RMS_NORM, 5, a=x, out=out, weight=weight, n=(width, 3), eps=1e-5)
+    run(context(isa, dtype, 2), OpKind.RMS_NORM, 5, a=x, out=out, weight=weight, n=(width, 3), f=(1e-5,))
     heads = x.unflatten(1, (3, width))
     assert_rounded(out.unflatten(1, (3, width)), norm(heads, weight))
 
@@ -71,12 +69,13 @@ def test_rms_norm(isa: str, dtype: torch.dtype, width: int) -> None:
 @everywhere
 @both
 @pytest.mark.parametrize("width", WIDTHS)
-def test_add_rms_norm_norms_the_sum_as_stored(isa: str, dtype: torch.dtype, width: int) -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_add_rms_norm_norms_the_sum_as_stored(isa: str, dtype: torch.dtype, width: int, scale: float) -> None:
     x, residual = unaligned(5, width, dtype=dtype), unaligned(5, width, dtype=dtype, seed=1)
-    weight, expected = torch.randn(width), x + residual
+    weight, expected = torch.randn(width), (scale * x.float() + residual).to(dtype)
     out = torch.empty_like(x)
     fields = {"a": x, "b": residual, "out": out, "out2": residual, "weight": weight}
-    run(context(isa, dtype, 2), OpKind.ADD_RMS_NORM, 5, **fields, n=(width, 1), eps=1e-5)
+    run(context(isa, dtype, 2), OpKind.ADD_RMS_NORM, 5, **fields, n=(width, 1), f=(1e-5, scale))
     assert torch.equal(residual, expected)
     assert_rounded(out, norm(expected, weight))
 
@@ -84,10 +83,11 @@ def test_add_rms_norm_norms_the_sum_as_stored(isa: str, dtype: torch.dtype, widt
 @everywhere
 @both
 @pytest.mark.parametrize("width", WIDTHS)
-def test_add(isa: str, dtype: torch.dtype, width: int) -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_add(isa: str, dtype: torch.dtype, width: int, scale: float) -> None:
     x, y = unaligned(9, width, dtype=dtype), unaligned(9, width, dtype=dtype, seed=1)
-    expected = x + y
-    run(context(isa, dtype, 2), OpKind.ADD, 9, a=x, b=y, out=y, n=(width,))
+    expected = (scale * x.float() + y).to(dtype)
+    run(context(isa, dtype, 2), OpKind.ADD, 9, a=x, b=y, out=y, n=(width,), f=(scale,))
     assert torch.equal(y, expected)
 
 
@@ -127,6 +127,19 @@ def test_activations_of_what_is_not_finite(isa: str, activation: int) -> None:
 
 @everywhere
 @both
+@pytest.mark.parametrize("width", [1, 20, 1536])
+def test_caps_fp32_in_place(isa: str, dtype: torch.dtype, width: int) -> None:
+    x = unaligned(5, width, dtype=torch.float32) * 9
+    x[:, 0] = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1e30])
+    for scale, cap in ((0.25, 0.0), (0.5, 3.0)):
+        out, exact = x.clone(), x.double() * scale
+        run(context(isa, dtype, 2), OpKind.CAP, 5, a=out, out=out, n=(width,), f=(scale, cap))
+        expected = cap * (exact / cap).tanh() if cap else exact
+        torch.testing.assert_close(out, expected.float(), rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@everywhere
+@both
 def test_select_rows(isa: str, dtype: torch.dtype) -> None:
     x, indices = unaligned(20, 33, dtype=dtype), torch.tensor([3, 3, 19, 0])
     out = unaligned(4, 33, dtype=dtype)
@@ -149,7 +162,7 @@ def test_a_row_is_the_same_alone_and_among_others(isa: str, dtype: torch.dtype) 
         for at in range(0, rows, step):
             part = slice(at, at + step)
             fields = {"a": x[part], "b": y[part], "out": norms[part], "out2": y[part].clone(), "weight": weight}
-            run(native, OpKind.ADD_RMS_NORM, step, **fields, n=(2 * width, 1), eps=1e-5)
+            run(native, OpKind.ADD_RMS_NORM, step, **fields, n=(2 * width, 1), f=(1e-5, 1.0))
             run(native, OpKind.GATED, step, a=x[part], out=gates[part], n=(width, 0))
     assert torch.equal(normed, alone_normed)
     assert torch.equal(gated, alone_gated)
@@ -195,7 +208,9 @@ def test_rotates_and_writes_to_slots(isa: str, dtype: torch.dtype, rotary_dim: i
     op = Op(kind=OpKind.ROPE_WRITE, a=merged.data_ptr(), out=q.data_ptr(), out2=layer.data_ptr())
     op.weight, op.spec, op.n[0] = table.data_ptr(), ctypes.pointer(shape), rotary_dim
     op.stride_a, op.stride_out = merged.stride(0), q.stride(0)
-    step = Step(num_tokens=tokens, positions=positions.data_ptr(), slots=slots.data_ptr())
+    groups = (Group * 2)(Group(), Group(slots=slots.data_ptr()))
+    op.n[1] = 1
+    step = Step(num_tokens=tokens, positions=positions.data_ptr(), groups=groups)
     context(isa, dtype, 2).run([op], step)
     exact_q, exact_k, v = merged.unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], 1)
     if normed:

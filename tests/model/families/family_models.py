@@ -121,6 +121,7 @@ class Answer:
 class Engine:
     core: EngineCore
     client: InlineClient
+    notes: list[str]
 
     def answer(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, seed: int = 0) -> list[Answer]:
         """Send the prompts at random moments, so that prompts and decodes mix; greedy."""
@@ -147,16 +148,23 @@ class Engine:
 
 
 def open_engine(
-    path: Path, *, dtype: str = "float32", block_size: int = 16, budget: int = 48, max_model_len: int | None = None
+    path: Path,
+    *,
+    backend: str = "reference",
+    dtype: str = "float32",
+    block_size: int = 16,
+    budget: int = 48,
+    max_model_len: int | None = None,
 ) -> Engine:
+    model = ModelConfig(path=str(path), dtype=dtype, device="cpu", kernel_backend=backend, max_model_len=max_model_len)  # type: ignore[arg-type]
     core, ready = build_engine(
         EngineConfig(
-            model=ModelConfig(path=str(path), dtype=dtype, device="cpu", max_model_len=max_model_len),  # type: ignore[arg-type]
+            model=model,
             cache=CacheConfig(block_size=block_size, kv_cache_memory=2**24, enable_prefix_caching=True),
             scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=budget),
         )
     )
-    return Engine(core, InlineClient(core, ready))
+    return Engine(core, InlineClient(core, ready), ready.notes)
 
 
 def prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:

@@ -8,16 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from family_models import CASES, Family, assert_answers_equal, open_engine, prompts, save_family
+from octavo.kernels.cpu.library import supported_isas
 
 LENGTHS = (3, 90, 31, 1, 64, 120, 17)
 NUM_OUTPUT_TOKENS = 12
 LONGROPE = ("phi3 longrope", "phi4 mini")
+no_native = pytest.mark.skipif(not supported_isas(), reason="the native library was not built")
+backends = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=no_native)])
 
 
+@backends
 @pytest.mark.parametrize("case", [case for case in CASES if case not in LONGROPE])
-def test_greedy_answers_equal_transformers(tmp_path: Path, case: str) -> None:
+def test_greedy_answers_equal_transformers(tmp_path: Path, case: str, backend: str) -> None:
     family = save_family(case, tmp_path)
-    engine = open_engine(tmp_path)
+    engine = open_engine(tmp_path, backend=backend)
+    assert engine.notes == []  # a step of any family can be recorded
     asked = prompts(LENGTHS)
     assert_answers_equal(family, asked, engine.answer(asked, NUM_OUTPUT_TOKENS))
     # Once more, and longer: what the first round left in the cache is used.
@@ -27,25 +32,28 @@ def test_greedy_answers_equal_transformers(tmp_path: Path, case: str) -> None:
     assert any(answer.num_cached > 0 for answer in again)
 
 
+@backends
 @pytest.mark.parametrize("case", LONGROPE)
 @pytest.mark.parametrize(("max_model_len", "lengths"), [(64, (3, 50, 31)), (None, (70, 130, 65))])
 def test_the_longest_context_decides_between_the_two_rotations_of_longrope(
-    tmp_path: Path, case: str, max_model_len: int | None, lengths: tuple[int, ...]
+    tmp_path: Path, case: str, backend: str, max_model_len: int | None, lengths: tuple[int, ...]
 ) -> None:
     """transformers looks at each sequence; for sequences on the same side of the edge the two agree."""
     family = save_family(case, tmp_path)
     asked = prompts(lengths)
-    answers = open_engine(tmp_path, max_model_len=max_model_len).answer(asked, NUM_OUTPUT_TOKENS)
+    engine = open_engine(tmp_path, backend=backend, max_model_len=max_model_len)
+    answers = engine.answer(asked, NUM_OUTPUT_TOKENS)
     assert_answers_equal(family, asked, answers)
 
 
+@backends
 @pytest.mark.parametrize("case", ["gemma2", "gemma3", "granite", "olmo2", "qwen3 moe"])
-def test_bfloat16_stays_close_to_transformers(tmp_path: Path, case: str) -> None:
+def test_bfloat16_stays_close_to_transformers(tmp_path: Path, case: str, backend: str) -> None:
     """Not bit for bit: the two round in different places. The distributions agree nevertheless."""
     saved = save_family(case, tmp_path, initializer_range=0.05)
     family = Family(saved.oracle.to(torch.bfloat16), tmp_path)
     (prompt,) = prompts([70])
-    (answer,) = open_engine(tmp_path, dtype="bfloat16").answer([prompt], 4)
+    (answer,) = open_engine(tmp_path, backend=backend, dtype="bfloat16").answer([prompt], 4)
     expected = family.logits([*prompt, *answer.token_ids])[len(prompt) - 1 : -1].softmax(-1)
     for row, found in zip(expected, answer.logprobs, strict=True):
         ids = list(found)
