@@ -29,6 +29,16 @@ def test_little_memory_makes_pools_of_equal_length() -> None:
     assert split_of().largest(20 * sum(BLOCK_BYTES)) == [19, 19]
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "windowed_mib", "all_full_mib"),
+    [(512, 9, 9), (1024, 11, 18), (2048, 14, 36), (4096, 20, 72), (8192, 32, 144), (16384, 56, 288), (32768, 104, 576)],
+)
+def test_what_a_conversation_with_gemma_3_270m_keeps(num_tokens: int, windowed_mib: int, all_full_mib: int) -> None:
+    """The table of docs/plan.md."""
+    assert round(GEMMA_3_270M.sequence_bytes(num_tokens, 32, 2) / 2**20) == windowed_mib
+    assert group_layers([FULL] * 18).sequence_bytes(num_tokens, 32, 2) == all_full_mib * 2**20
+
+
 def test_there_is_a_window_for_every_four_windows_of_tokens() -> None:
     """Four are 64 blocks, a window takes 17, and a step's part of a prompt 16."""
     split = split_of(max_num_seqs=256)

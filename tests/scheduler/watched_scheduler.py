@@ -8,7 +8,8 @@ from typing import Any
 
 from octavo.block_manager.manager import PrefixMatch
 from octavo.scheduler.batch import SampledRow, ScheduledBatch
-from octavo.scheduler.progress import Progress
+from octavo.scheduler.budget import StepBudget
+from octavo.scheduler.progress import AdmissionStop, Progress
 from octavo.scheduler.request import Request, RequestStatus
 from octavo.scheduler.scheduler import Scheduler
 
@@ -38,6 +39,10 @@ class WatchedScheduler(Scheduler):
         """Those that each layer group ever lost again."""
         self.num_queries = 0
         """Tokens of the prompts that were admitted for the first time."""
+        self.spare: list[int] = []
+        """Blocks of each group that an admission could have had when the latest pass over the queue ended."""
+        self.wanted: list[int] = []
+        """Those that the first in the queue wanted then."""
         for group in self.blocks.groups:
             group.pool.withdraw = self._watched(group.pool.withdraw)  # type: ignore[method-assign]
 
@@ -85,6 +90,16 @@ class WatchedScheduler(Scheduler):
         self._judge_waiting(batch, preempted=self.counters.num_preemptions > num_preemptions)
         return batch
 
+    def _admit_waiting(self, budget: StepBudget) -> AdmissionStop:
+        stop = super()._admit_waiting(budget)
+        # Now, because prompts under way take their blocks before the step is complete.
+        self.spare = self._num_spare()
+        first = self.waiting.peek()
+        if first is not None:
+            match = self.blocks.match(first.block_hashes, first.token_ids)
+            self.wanted = self.blocks.blocks_to_admit(match, first.num_tokens)
+        return stop
+
     def _num_spare(self) -> list[int]:
         """Blocks of each group that are free, less one for each that runs, and less what prompts under way take yet."""
         spare = []
@@ -113,17 +128,13 @@ class WatchedScheduler(Scheduler):
             if not any(leader.status is RequestStatus.WAITING for leader in samples.values())
         )
         has_seat = len(self.running) < self.max_num_running
-        spare = self._num_spare()
         if counts.num_for_capacity:
             require(counts.num_deferred == held, "samples are deferred in a pass that was short of room")
-            needed = self.blocks.blocks_to_admit(
-                self.blocks.match(first.block_hashes, first.token_ids), first.num_tokens
-            )
-            fits = all(more <= left for more, left in zip(needed, spare, strict=True))
-            require(preempted or not has_seat or not fits, "the first waits for room that is there")
+            if not preempted and has_seat:
+                fits = all(more <= left for more, left in zip(self.wanted, self.spare, strict=True))
+                require(not fits, "the first waits for room that is there")
         else:
-            # Prompts may have taken more of a window's blocks since the pass.
-            has_room = all(left > 0 for left, group in zip(spare, self.blocks.groups, strict=True) if not group.window)
+            has_room = all(left > 0 for left in self.spare)
             require(has_seat and has_room, "the first is called deferred and has no room")
             require(batch.num_tokens == self.max_num_batched_tokens, "the first is called deferred, with tokens left")
 
