@@ -152,7 +152,7 @@ def compile_one(operator: str, shape: Shape, capability: int, index: int) -> Res
 
 MATRIX = {"mma": r"mma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma"}
 MATRIX_OF_PREFILL = {80: "mma", 90: "wgmma", 100: "tcgen05"}
-WATCHED = ("decode_kernel", "prefill_kernel", "matmul_kernel")
+WATCHED = ("decode_kernel", "prefill_kernel", "matmul_kernel", "experts_kernel")
 
 
 def problems(result: Result, shape: Shape, matrix: dict[str, int], waits: bool) -> Iterator[str]:

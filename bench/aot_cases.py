@@ -8,10 +8,11 @@ from functools import cache
 
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from octavo.kernels.backend import AttentionSpec
+from octavo.kernels.backend import AttentionSpec, MoeSpec
 from octavo.kernels.triton import tuning
 from octavo.kernels.triton.decode import DecodeWorkspace, paged_decode
 from octavo.kernels.triton.elementwise import add_rms_norm, gated, rms_norm
+from octavo.kernels.triton.moe import DenseExperts, moe
 from octavo.kernels.triton.prefill import paged_prefill
 from octavo.kernels.triton.quantized import dequantize_rows, look_up_rows, matmul_config, quantized_matmul
 from octavo.kernels.triton.quantized_layout import PackedMatrix, pack
@@ -40,6 +41,9 @@ class Shape:
     """0: the whole head."""
     encoding: str = "Q4_K"
     """GGML's name, of quantised weights."""
+    num_experts: int = 0
+    num_experts_per_token: int = 0
+    """Of experts of `intermediate` each."""
 
     @property
     def spec(self) -> AttentionSpec:
@@ -158,6 +162,15 @@ def launch_quantised(shape: Shape, batch: Batch, capability: int) -> None:
     look_up_rows(matrix, shape.tensor(batch.rows, dtype=torch.int64), shape.torch_dtype)
 
 
+def launch_experts(shape: Shape, batch: Batch, capability: int) -> None:
+    """A step of few tokens, and one of as many as take the larger tiles."""
+    spec = MoeSpec(shape.num_experts, shape.num_experts_per_token, True, "silu")
+    wide, narrow = (2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
+    experts = DenseExperts(*(shape.tensor(shape.num_experts, *size) for size in (wide, narrow)))
+    for num_tokens in (batch.rows, batch.rows + 32 * shape.num_experts // shape.num_experts_per_token):
+        moe(shape.tensor(num_tokens, shape.hidden), shape.tensor(num_tokens, shape.num_experts), experts, spec)
+
+
 LAUNCHES: dict[str, Callable[[Shape, Batch, int], None]] = {
     "decode": launch_decode,
     "prefill": launch_prefill,
@@ -166,6 +179,7 @@ LAUNCHES: dict[str, Callable[[Shape, Batch, int], None]] = {
     "gate": launch_gate,
     "sampling": launch_sampling,
     "quantised": launch_quantised,
+    "experts": launch_experts,
 }
 """To ship another kernel, add a function that calls its wrapper, and name it in `cases`."""
 ATTENTION = ("decode", "prefill")
@@ -175,6 +189,11 @@ LLAMA_8B = Shape("Llama-3 8B", 32, 8, 128, 4096, 14336, 128256)
 LLAMA_1B = Shape("Llama-3.2 1B", 32, 8, 64, 2048, 8192, 128256)
 GEMMA_3 = Shape("Gemma 3 1B", 4, 1, 256, 1152, 6912, 262144, window=512, activation="gelu_tanh", qk_norm=True)
 GEMMA_2 = Shape("Gemma 2 9B", 16, 8, 256, 3584, 14336, 256000, window=4096, soft_cap=50.0, activation="gelu_tanh")
+QWEN_3_MOE = Shape(
+    "Qwen3 30B-A3B", 32, 4, 128, 2048, 768, 151936, qk_norm=True, num_experts=128, num_experts_per_token=8
+)
+MIXTRAL = replace(LLAMA_8B, name="Mixtral 8x7B", vocab=32000, num_experts=8, num_experts_per_token=2)
+OLMOE = Shape("OLMoE 1B-7B", 16, 16, 128, 2048, 1024, 50304, num_experts=64, num_experts_per_token=8)
 QUICK = (
     LLAMA_8B,
     LLAMA_1B,
@@ -207,6 +226,7 @@ def cases(quick: bool) -> Iterator[tuple[str, Shape]]:
         yield from ((operator, shape) for operator in (*ATTENTION, *AROUND))
     for encoding in ENCODINGS[:2] if quick else ENCODINGS:
         yield "quantised", replace(LLAMA_1B, encoding=encoding)
+    yield from (("experts", shape) for shape in ((QWEN_3_MOE,) if quick else (QWEN_3_MOE, MIXTRAL, OLMOE)))
     if quick:
         return
     for shape, block in ((shape, block) for shape in (LLAMA_8B, LLAMA_1B) for block in (16, 64)):
@@ -214,4 +234,5 @@ def cases(quick: bool) -> Iterator[tuple[str, Shape]]:
     for shape, dtype in ((shape, dtype) for shape in (LLAMA_8B, LLAMA_1B) for dtype in ("float16", "float32")):
         yield from ((operator, replace(shape, dtype=dtype)) for operator in ATTENTION)
     yield from ((operator, replace(LLAMA_8B, dtype="float32")) for operator in AROUND)
+    yield from (("experts", replace(QWEN_3_MOE, dtype=dtype)) for dtype in ("float16", "float32"))
     yield from ((operator, replace(GEMMA_3, window=0, dtype="float32")) for operator in ATTENTION)

@@ -269,7 +269,7 @@ class DeviceBackend(DrawingBackend, Protocol):
     (CUDA graphs), and launched before the step before them has been looked at."""
 
     def decode_workspace(self, spec: AttentionSpec, block_size: int, max_num_rows: int, max_kv_len: int) -> Any:
-        """What captured steps share, allocated once: they never run side by side."""
+        """What captured steps share, allocated once for each group of layers: steps never run side by side."""
         ...
 
     def plan_decode(self, inputs: DecodeInputs, spec: AttentionSpec, block_size: int) -> Any:

@@ -63,6 +63,7 @@ class DecodeStep:
         """Tokens of the latest step, -1 where its logits were NaN. [max_rows]"""
         # Captured steps of all shapes write here, instead of keeping memory of their own each.
         self._logits = torch.empty((max_rows, vocab_size), dtype=backend.dtype, device=device)
+        # Of each group: what a plan leaves there depends on the group's window.
         self._workspaces = [
             backend.decode_workspace(group.attention, self._block_size, max_rows, max_model_len)
             for group in model.layer_groups

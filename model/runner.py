@@ -144,8 +144,7 @@ class ModelRunner:
         recording_backend = as_recording_backend(self.backend)
         if recording_backend is not None:
             self._record(recording_backend, max_num_seqs, max_num_batched_tokens)
-        # Which experts a step needs only its tokens tell, so such a step cannot be captured.
-        device_backend = as_device_backend(self.backend) if self.spec.experts is None else None
+        device_backend = as_device_backend(self.backend)
         if device_backend is not None:
             self._decode = DecodeAhead(
                 self._model,

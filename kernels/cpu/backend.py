@@ -158,7 +158,7 @@ class CpuBackend:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         width = x.shape[-1]
         out = self._empty(x, width)
-        fields = {"a": x, "b": residual, "out": out, "out2": residual, "weight": weight}
+        fields: dict[str, Any] = {"a": x, "b": residual, "out": out, "out2": residual, "weight": weight}
         self._do(OpKind.ADD_RMS_NORM, x, **fields, n=(width, 1), f=(eps, scale))
         return out, residual
 
@@ -166,7 +166,7 @@ class CpuBackend:
         start, stride = x.data_ptr(), x.stride(0)
         for weight in weights:
             width = weight.shape[0]
-            part = {"a": start, "out": start, "stride_a": stride, "stride_out": stride}
+            part: dict[str, Any] = {"a": start, "out": start, "stride_a": stride, "stride_out": stride}
             self._do(OpKind.RMS_NORM, x, **part, weight=weight, n=(width, 1), f=(eps,))
             start += width * self.dtype.itemsize
         return x

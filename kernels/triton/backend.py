@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..backend import Activation, AttentionInputs, AttentionSpec, DecodeInputs, DrawParameters, QKNorms
+from ..backend import Activation, AttentionInputs, AttentionSpec, DecodeInputs, DrawParameters, MoeSpec, QKNorms
 from ..reference.backend import ReferenceBackend
 from ..weights import StoredWeight
 from .decode import DecodeConfig, DecodeWorkspace, list_chunks, max_splits, paged_decode
 from .elementwise import add_rms_norm, gated, rms_norm
+from .moe import DenseExperts, moe
 from .prefill import paged_prefill, prefill_tiles
 from .quantized import SCRATCH_BYTES, DenseScratch, QuantizedEmbedding, QuantizedLinear
 from .quantized_layout import form_of, packed_bytes
@@ -68,8 +69,26 @@ class TritonBackend(ReferenceBackend):
             return super().pack_embedding(table)
         return QuantizedEmbedding(table, self.device, self.dtype, self._shared_scratch())
 
-    def embed(self, token_ids: torch.Tensor, table: Any) -> torch.Tensor:
-        return table.embed(token_ids) if isinstance(table, QuantizedEmbedding) else super().embed(token_ids, table)
+    def embed(self, token_ids: torch.Tensor, table: Any, scale: float = 1.0) -> torch.Tensor:
+        if not isinstance(table, QuantizedEmbedding):
+            return super().embed(token_ids, table, scale)
+        rows = table.embed(token_ids)
+        return rows if scale == 1.0 else rows.mul_(torch.tensor(scale, dtype=self.dtype).item())
+
+    def pack_experts(self, gate_up: Sequence[Sequence[StoredWeight]], down: Sequence[StoredWeight]) -> DenseExperts:
+        """In the working dtype, whatever the file has."""
+        (wide, hidden), inner = (sum(part.shape[0] for part in gate_up[0]), gate_up[0][0].shape[1]), down[0].shape[1]
+        packed = DenseExperts(
+            torch.empty((len(gate_up), wide, hidden), dtype=self.dtype, device=self.device),
+            torch.empty((len(down), hidden, inner), dtype=self.dtype, device=self.device),
+        )
+        for expert, (parts, narrow) in enumerate(zip(gate_up, down, strict=True)):
+            packed.gate_up[expert] = torch.cat([part.dequantize(self.dtype) for part in parts])
+            packed.down[expert] = narrow.dequantize(self.dtype)
+        return packed
+
+    def moe(self, x: torch.Tensor, router_logits: torch.Tensor, experts: Any, spec: MoeSpec) -> torch.Tensor:
+        return moe(x, router_logits, experts, spec)
 
     def weight_bytes(self, weights: Iterable[tuple[str, tuple[int, ...]]]) -> int:
         return sum(

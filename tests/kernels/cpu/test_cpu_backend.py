@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from octavo.kernels.backend import AttentionInputs, AttentionSpec
 from octavo.kernels.cpu.backend import CpuBackend
+from octavo.kernels.reference.backend import ReferenceBackend
 from octavo.kernels.select import fallback_note, label, select_backend
 
 CPU = torch.device("cpu")
@@ -124,6 +126,67 @@ def test_what_is_no_operator_is_not_recorded(backend: CpuBackend) -> None:
         assert backend.record(strange, max_num_tokens=8, max_num_logits=2, num_groups=1) is None
     # And it runs its operators at once again.
     assert backend.embed(torch.tensor([3, 4]), compute.table).shape == (2, HIDDEN)
+
+
+@torch.inference_mode()
+def test_layers_of_each_group_read_their_own_tables(backend: CpuBackend) -> None:
+    """Two layers keep the same keys and values in other blocks, and the second has a window."""
+    layer, windowed = TinyStep(backend), dataclasses.replace(SPEC, window=4)
+    pools = [torch.zeros_like(layer.kv) for _ in range(2)]
+
+    def two_layers(token_ids: torch.Tensor, plans: tuple[Any, ...], indices: torch.Tensor) -> torch.Tensor:
+        x = backend.embed(token_ids, layer.table)
+        for plan, spec, pool in zip(plans, (SPEC, windowed), pools, strict=True):
+            q = backend.rope_and_write_kv(backend.linear(x, layer.qkv), layer.rope, pool, plan, spec)
+            x = backend.linear(backend.attention(q, pool, plan, spec), layer.out)
+        return backend.logits(backend.select_rows(x, indices), layer.table)
+
+    recorded = backend.record(two_layers, max_num_tokens=24, max_num_logits=2, num_groups=2)
+    assert recorded is not None
+    inputs = inputs_of(20)
+    other = dataclasses.replace(
+        inputs, slots=inputs.slots + 3 * BLOCK, block_tables=torch.tensor([[4, 5]])
+    )  # blocks 4 and 5, in a table of another width
+    plans = tuple(backend.plan_attention(rows, spec, BLOCK) for rows, spec in ((inputs, SPEC), (other, windowed)))
+    token_ids, indices = torch.arange(20), torch.tensor([19, 3])
+    logits = recorded(token_ids, plans, indices).clone()
+    for pool, used in zip(pools, ([1, 2], [4, 5]), strict=True):
+        assert [block for block in range(8) if pool[block].any()] == used
+        pool.zero_()
+    assert torch.equal(logits, two_layers(token_ids, plans, indices))
+    with pytest.raises(ValueError, match="plans for 1 groups of layers; the step was recorded with 2"):
+        recorded(token_ids, plans[:1], indices)
+
+
+@torch.inference_mode()
+def test_operators_of_families_equal_the_reference(backend: CpuBackend) -> None:
+    oracle = ReferenceBackend(CPU, backend.dtype)
+    torch.manual_seed(0)
+    close = {"rtol": 2e-2, "atol": 2e-2} if backend.dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    rows, residual = (torch.randn(6, HIDDEN).to(backend.dtype) for _ in range(2))
+    ids, norm = torch.tensor([3, 90, 0]), Weight(HIDDEN)
+
+    def found(b: CpuBackend | ReferenceBackend) -> dict[str, torch.Tensor]:
+        table = b.pack_embedding(Weight(VOCAB, HIDDEN))
+        offset, parts = b.pack_vector(norm, 1.0), [b.pack_vector(Weight(24)), b.pack_vector(Weight(16))]
+        normed, total = b.add_rms_norm(rows.clone(), residual.clone(), offset, 1e-6, 0.22)
+        return {
+            "embed": b.embed(ids, table, 27.7),
+            "norm": b.rms_norm(rows, offset, 1e-6),
+            "normed sum": normed,
+            "sum": total,
+            "add": b.add(rows.clone(), residual.clone(), 0.22),
+            "parts": b.norm_parts(rows.clone(), parts, 1e-6),
+            "logits": b.logits(rows, table, scale=0.5, soft_cap=3.0).float(),
+            **{kind: b.gated(rows, kind) for kind in ("silu", "gelu", "gelu_tanh")},  # type: ignore[arg-type]
+        }
+
+    expected = found(oracle)
+    for name, values in found(backend).items():
+        torch.testing.assert_close(values, expected[name], **close, msg=lambda text, name=name: f"{name}: {text}")
+    # A scale that both hold exactly gives the same bits: there is one rounding, of the sum.
+    sums = [b.add(rows.clone(), residual.clone(), 0.25) for b in (backend, oracle)]
+    assert torch.equal(*sums)
 
 
 @torch.inference_mode()

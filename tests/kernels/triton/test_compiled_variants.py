@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from engine import generate
+from octavo.kernels.backend import MoeSpec
+from octavo.kernels.triton.moe import DenseExperts, moe
 from octavo.kernels.triton.quantized import matmul_config, quantized_matmul
 from octavo.kernels.triton.quantized_layout import pack
 from octavo.kernels.triton.sampling import penalise
@@ -99,4 +101,14 @@ def test_products_and_penalties_are_the_same_for_any_number_of_rows(variants: Va
         slots, counts = torch.zeros(num_rows, dtype=torch.int32), torch.zeros(2, 100, dtype=torch.int32)
         penalise(torch.zeros(num_rows, 100), slots, counts, counts > 0, torch.zeros(3, num_rows))
     assert len(variants["matmul_kernel"]) == 2  # tiles of 16 rows and of 32
+    assert_one_each(variants)
+
+
+def test_experts_are_the_same_for_any_number_of_tokens(variants: Variants) -> None:
+    spec = MoeSpec(num_experts=8, num_experts_per_token=2, renormalize=True, activation="silu")
+    experts = DenseExperts(torch.zeros(8, 96, 64).half(), torch.zeros(8, 64, 48).half())
+    for num_tokens in (1, 2, 15, 16, 64, 65, 100, 1024):
+        moe(torch.zeros(num_tokens, 64).half(), torch.zeros(num_tokens, 8).half(), experts, spec)
+    # The way in and the way out, in tiles of 16 rows and of 64.
+    assert len(variants["experts_kernel"]) == 4
     assert_one_each(variants)

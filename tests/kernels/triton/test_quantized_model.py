@@ -71,7 +71,7 @@ def test_it_says_the_same(file: Path) -> None:
     expected, _ = generate(file, "reference", requests, max_model_len=96, budget=96, per_step=1)
     assert found == expected
     assert all(len(tokens) == 5 for tokens in found.values())
-    layer = runner._model._layers[0]  # type: ignore[attr-defined]
+    layer = runner._model._blocks[0]  # type: ignore[attr-defined]
     kinds = [type(part._packed) for part in (layer.attention._qkv, layer.mlp._gate_up, layer.mlp._down)]
     assert kinds == [QuantizedLinear] * 3
     assert not isinstance(layer.attention._output._packed, QuantizedLinear)

@@ -11,10 +11,12 @@ import torch
 from family_models import CASES, Family, assert_answers_equal, open_engine, prompts, save_family
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf_export import export_gguf
+from octavo.kernels.cpu.library import supported_isas
 from octavo.model.spec import ModelError, ModelSpec
 from octavo.model.weights.gguf_source import open_gguf
 from octavo.model.weights.safetensors_source import open_safetensors
 
+no_native = pytest.mark.skipif(not supported_isas(), reason="the native library was not built")
 # llama.cpp keeps no window of a "llama", no layer types of a qwen2, and has experts in every layer of a qwen3moe.
 CHANGES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
@@ -67,7 +69,8 @@ def test_answers_from_a_gguf_file_equal_transformers(tmp_path: Path, case: str) 
     assert_answers_equal(family, asked, open_engine(path).answer(asked, 8))
 
 
-def test_quantised_experts_are_cut_out_of_their_tensor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=no_native)])
+def test_quantised_experts_are_cut_out_of_their_tensor(tmp_path: Path, backend: str) -> None:
     family = save_family("mixtral", tmp_path / "hf", sliding_window=None, hidden_size=64, intermediate_size=96)
     path = export_gguf(family.oracle, tmp_path / "m.gguf", GGMLQuantizationType.Q8_0)
     source = open_gguf(path)
@@ -90,7 +93,7 @@ def test_quantised_experts_are_cut_out_of_their_tensor(tmp_path: Path) -> None:
             else:
                 parameter.copy_(state[name.replace("mlp.gate", "block_sparse_moe.gate")].dequantize(torch.float32))
     asked = prompts((40, 20))
-    assert_answers_equal(Family(family.oracle, path), asked, open_engine(path).answer(asked, 8))
+    assert_answers_equal(Family(family.oracle, path), asked, open_engine(path, backend=backend).answer(asked, 8))
 
 
 @pytest.mark.parametrize(
