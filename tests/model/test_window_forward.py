@@ -169,7 +169,7 @@ def test_the_backend_that_runs_ahead_reads_no_more(make_engine: MakeEngine) -> N
     """Through captured decode steps, whose tables lie on the device."""
     engine = make_engine("gemma3", 12, "triton")
     assert engine.runner.runs_ahead
-    requests = [request("short", tokens(9, seed=1), 14), request("long", tokens(40, seed=2), 6)]
+    requests = [request("short", tokens(9, seed=1), 8), request("long", tokens(30, seed=2), 4)]
     found = engine.run(*requests)
     for asked in requests:
         engine.check(asked, found[asked.request_id])

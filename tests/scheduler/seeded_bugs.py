@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import sha256
 
+import engine_machine
 import pytest
 from octavo.block_manager.block import FreeBlockList
 from octavo.block_manager.evicted import EvictedHashes
@@ -162,6 +163,7 @@ def nothing_is_ever_complete(patch: pytest.MonkeyPatch) -> None:
 
 def retried_rows_miss_their_newest_token(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ScheduledBatch, "known", lambda self: self)
+    patch.setattr(engine_machine, "ALWAYS_AHEAD", True)
 
 
 def readmissions_are_queries(patch: pytest.MonkeyPatch) -> None:
