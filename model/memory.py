@@ -206,7 +206,8 @@ def _free_budget(spec: ModelSpec, layout: KvLayout, request: CacheRequest, wante
 
 
 def activation_bytes(spec: ModelSpec, request: CacheRequest, max_model_len: int) -> int:
-    """An upper estimate of what one step allocates beside weights and pool, and of the table of RoPE."""
+    """An upper estimate of what one step allocates beside weights and pool, and of the tables of RoPE."""
+    num_layers = spec.num_hidden_layers
     widest = max(
         2 * spec.intermediate_size,
         (spec.num_attention_heads + 2 * spec.num_key_value_heads) * spec.head_dim,
@@ -223,7 +224,7 @@ def activation_bytes(spec: ModelSpec, request: CacheRequest, max_model_len: int)
         request.max_num_batched_tokens * per_token
         + request.max_num_seqs * per_row
         + request.attention_bytes(max_model_len)
-        + max_model_len * spec.rope.rotary_dim * 4
+        + max_model_len * 4 * sum(rope.rotary_dim for rope in {spec.layer_rope(layer) for layer in range(num_layers)})
     )
 
 
