@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import engine_machine
 import pytest
 from octavo.block_manager.block import Block
 from octavo.block_manager.group import BlockGroup
@@ -146,6 +147,7 @@ def prompts_are_preempted_while_a_step_would_make_room(patch: pytest.MonkeyPatch
         self._num_in_flight = num_in_flight
 
     patch.setattr(Scheduler, "_serve", serve)
+    patch.setattr(engine_machine, "ALWAYS_AHEAD", True)
 
 
 WINDOW_BUGS = [
