@@ -20,7 +20,7 @@ from octavo.model.registry import model_family
 from octavo.model.runner import ModelRunner
 from octavo.model.spec import ModelSpec, RopeSpec
 from octavo.model.weights.dummy import DummySource
-from octavo.scheduler.config import CacheConfig, SchedulerConfig
+from octavo.scheduler.config import CacheConfig, PoolConfig, SchedulerConfig
 from octavo.scheduler.sampling_params import SamplingParams
 from octavo.scheduler.scheduler import Scheduler
 from octavo.server.bench.roofline import StepShape, floor, model_cost, step_cost
@@ -195,7 +195,7 @@ class EngineBench:
         scheduler = Scheduler(
             SchedulerConfig(max_num_seqs=max(load.batch for load in wanted)),
             CacheConfig(block_size=BLOCK),
-            num_blocks=plan.num_blocks,
+            pools=[PoolConfig(pool.num_blocks, pool.window) for pool in plan.pools],
             max_model_len=plan.max_model_len,
             max_num_batched_tokens=self._steps.budget,
         )

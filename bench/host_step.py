@@ -37,10 +37,11 @@ from octavo.model.config import ModelConfig
 from octavo.model.decode_ahead import DecodeAhead
 from octavo.model.drawn import Drawn
 from octavo.model.forward_batch import build_forward_batch
+from octavo.model.layer_groups import LayerGroup
 from octavo.model.sampler import Sampler
 from octavo.model.weights.resolve import resolve_model
 from octavo.scheduler.batch import BlockCopy, PendingStep, SampledRow, ScheduledBatch, StepResult
-from octavo.scheduler.config import CacheConfig, SchedulerConfig
+from octavo.scheduler.config import CacheConfig, PoolConfig, SchedulerConfig
 from octavo.scheduler.sampling_params import SamplingParams
 from octavo.scheduler.scheduler import Scheduler
 from octavo.server.api.chunks import ChatChunks
@@ -110,7 +111,7 @@ class CpuHost:
     runs_ahead = False
 
     def __init__(self, watch: Watch, max_num_seqs: int) -> None:
-        self._tables = BlockTables()
+        self._tables = [BlockTables()]
         # Draws by native code where it was built, as a server would.
         self._sampler = Sampler(VOCAB, CPU, as_drawing_backend(select_backend("auto", CPU, torch.bfloat16, 64)))
         self._logits = torch.rand(max_num_seqs, VOCAB, generator=torch.Generator().manual_seed(0))
@@ -144,15 +145,15 @@ class GpuHost:
     runs_ahead = True
 
     def __init__(self, watch: Watch, max_num_seqs: int) -> None:
-        model = SimpleNamespace(attention_spec=AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=1, scale=1.0))
+        model = SimpleNamespace(layer_groups=(LayerGroup(AttentionSpec(1, 1, 1, scale=1.0), (0,)),))
         backend = SimpleNamespace(dtype=torch.float32, decode_workspace=lambda *_: None)
-        pool = torch.zeros(1, 1, 2, 1, BLOCK_SIZE, 1)
+        kv_layers = [torch.zeros(1, 2, 1, BLOCK_SIZE, 1)]
         sampler = Sampler(VOCAB, CPU)
         self._ahead = DecodeAhead(
-            model, backend, sampler, pool, max_num_seqs=max_num_seqs, max_model_len=4096, vocab_size=VOCAB
+            model, backend, sampler, kv_layers, max_num_seqs=max_num_seqs, max_model_len=4096, vocab_size=VOCAB
         )  # type: ignore[arg-type]
         self._ahead._graphs.run = lambda shape: None  # type: ignore[method-assign]
-        self._tables = BlockTables()
+        self._tables = [BlockTables()]
         self._watch = watch
         self._launch = watch.timed("build inputs", self._build)
 
@@ -187,7 +188,7 @@ def measure_engine(host: type[CpuHost] | type[GpuHost], num_sequences: int, num_
     scheduler = Scheduler(
         SchedulerConfig(max_num_seqs=num_sequences),
         CacheConfig(block_size=BLOCK_SIZE),
-        num_blocks=num_sequences * (2 + max_model_len // BLOCK_SIZE) + 1,
+        pools=[PoolConfig(num_sequences * (2 + max_model_len // BLOCK_SIZE) + 1)],
         max_model_len=max_model_len,
         max_num_batched_tokens=8192,
         eos_token_ids=(EOS,),
@@ -225,8 +226,9 @@ class SilentClient(EngineClient):
         self.handle(
             EngineReady(
                 max_model_len=8192, max_num_seqs=256, max_num_waiting=256, max_num_batched_tokens=8192,
-                block_size=BLOCK_SIZE, num_blocks=9000, kv_cache_bytes=1, weight_bytes=1, vocab_size=50000,
-                eos_token_ids=[0], prefix_caching=True, architecture="", dtype="", device="cpu", backend="", phases={},
+                block_size=BLOCK_SIZE, num_blocks=9000, pool_blocks=[9000], kv_cache_bytes=1,
+                weight_bytes=1, vocab_size=50000, eos_token_ids=[0], prefix_caching=True, architecture="", dtype="",
+                device="cpu", backend="", phases={},
             )
         )  # fmt: skip
 

@@ -61,7 +61,7 @@ def perplexity(path: Path, token_ids: list[int], *, dtype: str, backend: str) ->
 def _at_once(runner: ModelRunner, token_ids: list[int], blocks: tuple[list[int]]) -> torch.Tensor:
     count = len(token_ids)
     row = ScheduledRow("text/0", token_ids, count, 0, count, blocks, SamplingParams(), 0)
-    batch = build_forward_batch(ScheduledBatch([row], 0), _BLOCK, torch.device("cpu"), BlockTables())
+    batch = build_forward_batch(ScheduledBatch([row], 0), _BLOCK, torch.device("cpu"), [BlockTables()])
     return runner._forward(replace(batch, logits_indices=torch.arange(count - 1)))
 
 

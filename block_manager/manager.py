@@ -1,18 +1,20 @@
-"""Block tables of all live sequences: match a cached prefix, grow, fork, copy on write, publish, free.
+"""Block tables of all live sequences: match a cached prefix, grow, fork, copy on write, publish, give back, free.
 
-Pure bookkeeping over block ids; the model room owns the memory behind them. One table per layer group and sequence:
-today there is one group with full attention; a group whose layers see a sliding window differs only in which blocks
-a table still needs, so it joins as another entry of `num_groups` over the same pool.
+Pure bookkeeping over block ids; the model room owns the memory behind them. A sequence has one table per layer group,
+and each group has a pool of its own: layers that see everything need all blocks of a sequence until it ends, layers
+with a sliding window those of the window (group.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .block import Block
+from .config import PoolConfig
+from .group import BlockGroup
 from .hashing import BlockHashes
-from .pool import BlockPool
+from .table import BlockTable
 
 
 @dataclass(slots=True, frozen=True)
@@ -20,10 +22,13 @@ class PrefixMatch:
     """Published blocks that hold the beginning of a token sequence. Not yet taken: use it at once."""
 
     blocks: tuple[tuple[Block, ...], ...]
-    """For each layer group."""
+    """For each layer group; in one with a window only those that the next token sees, the last of the prefix."""
     num_tokens: int
-    num_free: int
-    """Blocks among them that are free now, and stop being so when the match is taken."""
+
+    @property
+    def num_free(self) -> tuple[int, ...]:
+        """In each group, blocks among them that are free now, and stop being so when the match is taken."""
+        return tuple(sum(block.ref_count == 0 for block in blocks) for blocks in self.blocks)
 
 
 @dataclass(slots=True, frozen=True)
@@ -33,7 +38,8 @@ class PrefixMisses:
     num_new_tokens: int
     """In blocks that were never published, with these tokens before them and this salt, as far as is remembered."""
     num_evicted_tokens: int
-    """In blocks that were published once, and have been evicted, or can no longer be reached past one that was."""
+    """In blocks that were published once, and have been evicted, or can no longer be reached past one that was, or
+    without one that was: a window's layers keep fewer blocks."""
     num_tail_tokens: int
     """What no cache could have held: the part after the last full block, or that block, where it ends the sequence."""
 
@@ -42,79 +48,106 @@ class PrefixMisses:
 class WriteCopy:
     """A shared block that is about to be written: copy its K/V from `source` to the private `target` first."""
 
+    group: int
     source: int
     target: int
 
 
-@dataclass(slots=True)
-class BlockTable:
-    """The blocks of one sequence in one layer group, in token order."""
+@dataclass(slots=True, frozen=True)
+class BlockCounts:
+    """Blocks of all groups together. A block of one group is not as large as one of another."""
 
-    blocks: list[Block] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    """The same as ids: the live view that batches carry."""
-    num_published: int = 0
-    """Leading blocks that need no further look by `publish`."""
-
-    def append(self, blocks: Sequence[Block]) -> None:
-        self.blocks.extend(blocks)
-        self.ids.extend(block.id for block in blocks)
+    num_usable: int
+    num_free: int
+    """Cached ones included."""
+    num_cached_free: int
+    num_shared: int
+    num_evicted: int
+    """Running total."""
+    usage: float
+    """Share of the fullest group's blocks that are in tables: 1 means that one more cannot be had there."""
 
 
 class BlockManager:
     """Owner of every block table. Sequences are known by id from `begin` or `fork` until `free`."""
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True, num_groups: int = 1
+        self,
+        pools: Sequence[PoolConfig],
+        block_size: int,
+        max_step_tokens: int,
+        *,
+        enable_prefix_caching: bool = True,
     ) -> None:
-        """`num_blocks` counts the reserved block 0 too."""
+        """One pool for each layer group; `max_step_tokens`: the most that one sequence computes in a step."""
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.num_groups = num_groups
-        self.pool = BlockPool(num_blocks, num_groups)
+        self.groups = tuple(BlockGroup(pool, block_size, max_step_tokens) for pool in pools)
+        self.has_windows = any(group.window is not None for group in self.groups)
         self.tables: dict[str, tuple[BlockTable, ...]] = {}
 
     @property
-    def num_free_blocks(self) -> int:
-        return self.pool.num_free
+    def num_free_blocks(self) -> list[int]:
+        """Of each group."""
+        return [group.pool.num_free for group in self.groups]
 
-    @property
-    def capacity_tokens(self) -> int:
-        """Tokens that one sequence could hold if it had the pool to itself."""
-        return self.pool.num_usable // self.num_groups * self.block_size
+    def counts(self) -> BlockCounts:
+        pools = [group.pool for group in self.groups]
+        return BlockCounts(
+            num_usable=sum([pool.num_usable for pool in pools]),
+            num_free=sum([pool.num_free for pool in pools]),
+            num_cached_free=sum([pool.num_cached_free for pool in pools]),
+            num_shared=sum([pool.num_shared for pool in pools]),
+            num_evicted=sum([pool.num_evicted for pool in pools]),
+            usage=max([(pool.num_usable - pool.num_free) / pool.num_usable for pool in pools]),
+        )
+
+    def can_hold(self, num_tokens: int) -> bool:
+        """Whether a sequence of so many tokens could run if it had the pools to itself."""
+        return all(group.can_hold(self.blocks_for(num_tokens)) for group in self.groups)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold this many tokens."""
+        return -(-num_tokens // self.block_size)
+
+    # ------------------------------------------------------------------ prefixes
 
     def match(self, hashes: BlockHashes, token_ids: Sequence[int]) -> PrefixMatch:
-        """The longest published prefix of full blocks, leaving at least one token to compute (its logits are
-        what the next token is drawn from)."""
+        """The longest published prefix of full blocks, leaving at least one token to compute (its logits are what the
+        next token is drawn from). Groups without a window must have all of it, others what the next token sees."""
         if not self.enable_prefix_caching:
-            return PrefixMatch(((),) * self.num_groups, 0, 0)
+            return PrefixMatch(((),) * len(self.groups), 0)
         hashes.extend(token_ids, len(token_ids))
-        num_full = self._num_matchable(len(token_ids))
-        matched: list[list[Block]] = [[] for _ in range(self.num_groups)]
-        for index in range(num_full):
-            row = [
-                self.pool.lookup(group, hashes.hashes[index], hashes.parent(index), hashes.tokens[index])
-                for group in range(self.num_groups)
-            ]
-            if any(block is None for block in row):
-                break
-            for blocks, block in zip(matched, row, strict=True):
-                assert block is not None
-                blocks.append(block)
-        num_free = sum(block.ref_count == 0 for blocks in matched for block in blocks)
-        return PrefixMatch(tuple(map(tuple, matched)), len(matched[0]) * self.block_size, num_free)
+        count = self._longest_match(hashes, self._num_matchable(len(token_ids)))
+        num_tokens = count * self.block_size
+        blocks = tuple(
+            tuple(group.pool.index[hashes.hashes[index]] for index in range(group.first_needed(num_tokens), count))
+            for group in self.groups
+        )
+        return PrefixMatch(blocks, num_tokens)
+
+    def _longest_match(self, hashes: BlockHashes, count: int) -> int:
+        for group in self.groups:
+            if group.window is None:
+                count = group.longest_match(hashes, count)
+        windowed = [group for group in self.groups if group.window is not None]
+        # One that ends earlier for one group's sake may want other blocks of another.
+        while (shorter := min([group.longest_match(hashes, count) for group in windowed], default=count)) < count:
+            count = shorter
+        return count
 
     def _num_matchable(self, num_tokens: int) -> int:
         """Full blocks of a sequence that a match may cover: all but the one that holds the last token."""
         return (num_tokens - 1) // self.block_size
 
     def explain_misses(self, hashes: BlockHashes, num_tokens: int, match: PrefixMatch) -> PrefixMisses:
-        """What a match of the first `num_tokens` tokens did not find, and why. Ask before the pool changes again;
+        """What a match of the first `num_tokens` tokens did not find, and why. Ask before the pools change again;
         `hashes` must cover the tokens, as they do after `match`."""
         num_matchable = self._num_matchable(num_tokens)
         first_missed = match.num_tokens // self.block_size
+        # A block is published in all groups at once, so one that remembers it is enough.
         num_evicted = sum(
-            all(self.pool.was_published(group, hashes.hashes[index]) for group in range(self.num_groups))
+            any(group.pool.was_published(hashes.hashes[index]) for group in self.groups)
             for index in range(first_missed, num_matchable)
         )
         return PrefixMisses(
@@ -123,54 +156,115 @@ class BlockManager:
             num_tail_tokens=num_tokens - num_matchable * self.block_size,
         )
 
-    def blocks_to_admit(self, match: PrefixMatch, num_tokens: int) -> int:
-        """Free blocks that `begin` and growing to `num_tokens` use up."""
-        per_group = self.blocks_for(num_tokens) - match.num_tokens // self.block_size
-        return max(0, per_group) * self.num_groups + match.num_free
+    def publish(self, seq_id: str, hashes: BlockHashes, token_ids: Sequence[int], num_computed_tokens: int) -> None:
+        """Make the full blocks among the first `num_computed_tokens` findable. Call it once their K/V are written, and
+        before `pass_window` gives any of them back."""
+        if not self.enable_prefix_caching:
+            return
+        num_full = num_computed_tokens // self.block_size
+        for group, table in zip(self.groups, self.tables[seq_id], strict=True):
+            if table.num_published >= num_full:
+                continue
+            hashes.extend(token_ids, num_computed_tokens)
+            for index in range(table.num_published, num_full):
+                group.pool.publish(
+                    table.blocks[index], hashes.hashes[index], hashes.parent(index), hashes.tokens[index]
+                )
+            table.num_published = num_full
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks per group that hold this many tokens."""
-        return -(-num_tokens // self.block_size)
+    def unpublish(self, seq_id: str) -> None:
+        """Make sure that nobody finds this sequence's blocks any more; sequences that share them keep them."""
+        held = [block.hash for table in self.tables[seq_id] for block in table.held]
+        self._withdraw([block_hash for block_hash in held if block_hash is not None])
 
-    def begin(self, seq_id: str, match: PrefixMatch) -> None:
-        """Open a sequence's tables with a matched prefix (possibly empty)."""
+    def withdraw(self, hashes: BlockHashes) -> None:
+        """The same for whatever can be found by these hashes, be it of a sequence that has no tables any more, or has
+        given the block back."""
+        self._withdraw(hashes.hashes)
+
+    def _withdraw(self, block_hashes: Sequence[bytes]) -> None:
+        for group in self.groups:
+            group.pool.withdraw(block_hashes)
+
+    # ------------------------------------------------------------------ how many blocks it takes
+
+    def blocks_to_admit(self, match: PrefixMatch, num_tokens: int) -> list[int]:
+        """Free blocks of each group that a sequence of `num_tokens` should find, to be computed in parts of a fair
+        size."""
+        needed = []
+        for group, blocks, num_free in zip(self.groups, match.blocks, match.num_free, strict=True):
+            first = group.first_needed(match.num_tokens)
+            wanted = min(self.blocks_for(num_tokens) - first, group.wanted_blocks)
+            needed.append(max(0, wanted - len(blocks)) + num_free)
+        return needed
+
+    def blocks_owed(self, seq_id: str, num_tokens: int) -> list[int]:
+        """Blocks of each group that an admitted sequence has not taken yet and will hold on to when `num_tokens` are
+        computed."""
+        owed = []
+        for group, table in zip(self.groups, self.tables[seq_id], strict=True):
+            most = min(self.blocks_for(num_tokens) - table.num_passed, group.steady_blocks)
+            owed.append(max(0, most - len(table.held)))
+        return owed
+
+    def blocks_to_grow(self, seq_id: str, num_computed_tokens: int, num_tokens: int) -> list[int]:
+        """Free blocks of each group that `grow` would take, copies of shared blocks included."""
+        num_blocks = self.blocks_for(num_tokens)
+        return [
+            max(0, num_blocks - len(table.blocks))
+            + (self._written_foreign_block(table, num_computed_tokens) is not None)
+            for table in self.tables[seq_id]
+        ]
+
+    def tokens_with_room(self, seq_id: str, num_computed_tokens: int, num_tokens: int) -> int:
+        """The largest number, `num_tokens` at most, that `grow` can make room for now."""
+        for group, table in zip(self.groups, self.tables[seq_id], strict=True):
+            num_free = group.pool.num_free - (self._written_foreign_block(table, num_computed_tokens) is not None)
+            if num_free < 0:
+                return num_computed_tokens
+            num_tokens = min(num_tokens, (len(table.blocks) + num_free) * self.block_size)
+        return num_tokens
+
+    # ------------------------------------------------------------------ tables
+
+    def begin(self, seq_id: str, match: PrefixMatch, num_tokens: int) -> None:
+        """Open a sequence's tables with a matched prefix (possibly empty), and take the blocks of all `num_tokens`
+        tokens in groups without a window. In others blocks are taken as they are written, by `grow`: only so many
+        are ever held. Raises OutOfBlocks."""
         if seq_id in self.tables:
             raise ValueError(f"sequence {seq_id} has tables already")
-        tables = tuple(BlockTable() for _ in range(self.num_groups))
-        for table, blocks in zip(tables, match.blocks, strict=True):
-            self.pool.acquire(blocks)
+        num_matched = match.num_tokens // self.block_size
+        tables = []
+        for group, blocks in zip(self.groups, match.blocks, strict=True):
+            table = BlockTable(num_passed=num_matched - len(blocks), num_published=num_matched)
+            table.append([group.pool.null] * table.num_passed)
+            group.pool.acquire(blocks)
             table.append(blocks)
-            table.num_published = len(blocks)
-        self.tables[seq_id] = tables
-
-    def blocks_to_grow(self, seq_id: str, num_computed_tokens: int, num_tokens: int) -> int:
-        """Free blocks that `grow` would take, copies of shared blocks included."""
-        needed = 0
-        for table in self.tables[seq_id]:
-            needed += max(0, self.blocks_for(num_tokens) - len(table.blocks))
-            needed += self._written_foreign_block(table, num_computed_tokens) is not None
-        return needed
+            if group.window is None:
+                table.append(group.pool.allocate(self.blocks_for(num_tokens) - num_matched))
+            tables.append(table)
+        self.tables[seq_id] = tuple(tables)
 
     def grow(self, seq_id: str, num_computed_tokens: int, num_tokens: int) -> list[WriteCopy]:
         """Make room for tokens [num_computed_tokens, num_tokens) to be written.
 
         New blocks are appended, and a block that others see and that would be written is replaced by a private one: the
         returned copies must be carried out before the step writes anything, and in order (or all reads before all
-        writes), since a source may be free by then. Raises OutOfBlocks and changes nothing if the pool is short.
+        writes), since a source may be free by then. Raises OutOfBlocks if a pool is short: ask `blocks_to_grow` before.
         """
-        fresh = self.pool.allocate(self.blocks_to_grow(seq_id, num_computed_tokens, num_tokens))
+        needed = self.blocks_to_grow(seq_id, num_computed_tokens, num_tokens)
         copies = []
-        for table in self.tables[seq_id]:
+        for index, (group, table) in enumerate(zip(self.groups, self.tables[seq_id], strict=True)):
+            if not needed[index]:
+                continue
+            fresh = group.pool.allocate(needed[index])
             shared = self._written_foreign_block(table, num_computed_tokens)
             if shared is not None:
                 private = fresh.pop()
-                index = num_computed_tokens // self.block_size
-                table.blocks[index], table.ids[index] = private, private.id
-                self.pool.release([shared])
-                copies.append(WriteCopy(shared.id, private.id))
-            missing = max(0, self.blocks_for(num_tokens) - len(table.blocks))
-            # Pop order keeps ids ascending in a fresh pool, which makes block tables pleasant to read.
-            table.append([fresh.pop(0) for _ in range(missing)])
+                table.replace(num_computed_tokens // self.block_size, private)
+                group.pool.release([shared])
+                copies.append(WriteCopy(index, shared.id, private.id))
+            table.append(fresh)
         return copies
 
     def _written_foreign_block(self, table: BlockTable, num_computed_tokens: int) -> Block | None:
@@ -183,49 +277,41 @@ class BlockManager:
                 return block
         return None
 
+    def can_fork(self, parent_id: str, num_tokens: int) -> bool:
+        """Whether a sequence still has all that a token at position `num_tokens` sees."""
+        tables = zip(self.groups, self.tables[parent_id], strict=True)
+        return all(table.num_passed <= group.first_needed(num_tokens) for group, table in tables)
+
     def fork(self, parent_id: str, child_id: str, num_tokens: int) -> None:
         """Open a sequence that shares its parent's first `num_tokens` tokens, a partial last block included."""
         if child_id in self.tables:
             raise ValueError(f"sequence {child_id} has tables already")
         tables = []
-        for parent in self.tables[parent_id]:
-            blocks = parent.blocks[: self.blocks_for(num_tokens)]
-            self.pool.acquire(blocks)
-            table = BlockTable(num_published=min(parent.num_published, num_tokens // self.block_size))
-            table.append(blocks)
+        for group, parent in zip(self.groups, self.tables[parent_id], strict=True):
+            table = BlockTable(
+                num_passed=parent.num_passed, num_published=min(parent.num_published, num_tokens // self.block_size)
+            )
+            table.append(parent.blocks[: self.blocks_for(num_tokens)])
+            group.pool.acquire(table.held)
             tables.append(table)
         self.tables[child_id] = tuple(tables)
 
-    def publish(self, seq_id: str, hashes: BlockHashes, token_ids: Sequence[int], num_computed_tokens: int) -> None:
-        """Make the full blocks among the first `num_computed_tokens` findable. Call it once their K/V are written."""
-        if not self.enable_prefix_caching:
-            return
-        num_full = num_computed_tokens // self.block_size
-        for group, table in enumerate(self.tables[seq_id]):
-            if table.num_published >= num_full:
-                continue
-            hashes.extend(token_ids, num_computed_tokens)
-            for index in range(table.num_published, num_full):
-                self.pool.publish(
-                    group, table.blocks[index], hashes.hashes[index], hashes.parent(index), hashes.tokens[index]
-                )
-            table.num_published = num_full
+    def pass_window(self, seq_id: str, num_tokens: int) -> None:
+        """Give back what no token at position `num_tokens` or later sees. The first `num_tokens` must be computed, by
+        steps that have ended: one that is still running reads what it sees, and so would its repetition."""
+        for group, table in zip(self.groups, self.tables[seq_id], strict=True):
+            first = group.first_needed(num_tokens)
+            if first > table.num_passed:
+                group.pool.release(table.pass_by(first, group.pool.null))
 
-    def unpublish(self, seq_id: str) -> None:
-        """Make sure that nobody finds this sequence's blocks any more; sequences that share them keep them."""
-        for table in self.tables[seq_id]:
-            self.pool.unpublish(table.blocks)
-
-    def withdraw(self, hashes: BlockHashes) -> None:
-        """The same for whatever can be found by these hashes, be it of a sequence that has no tables any more."""
-        for index in self.pool.index:
-            found = [index.get(block_hash) for block_hash in hashes.hashes]
-            self.pool.unpublish([block for block in found if block is not None])
+    def passes_next_at(self, seq_id: str) -> int:
+        """How many tokens must be computed before `pass_window` has anything to do."""
+        return min(group.passes_next_at(table) for group, table in zip(self.groups, self.tables[seq_id], strict=True))
 
     def free(self, seq_id: str) -> None:
         """Close a sequence's tables. Raises KeyError if it has none."""
-        for table in self.tables.pop(seq_id):
-            self.pool.release(reversed(table.blocks))
+        for group, table in zip(self.groups, self.tables.pop(seq_id), strict=True):
+            group.pool.release(reversed(table.held))
 
     def block_ids(self, seq_id: str) -> tuple[list[int], ...]:
         """Live views of the tables, one per group."""
@@ -233,6 +319,5 @@ class BlockManager:
 
     def num_exclusive_tokens(self, seq_id: str, num_computed_tokens: int) -> int:
         """Computed tokens in blocks that nobody else holds: what is lost if this sequence is evicted."""
-        table = self.tables[seq_id][0]
-        shared = sum(block.ref_count > 1 for block in table.blocks)
+        shared = sum(block.ref_count > 1 for block in self.tables[seq_id][0].held)
         return max(0, num_computed_tokens - shared * self.block_size)

@@ -1,4 +1,4 @@
-"""All blocks of the K/V pool: reference counts, the prefix index, and eviction. No torch: ids only."""
+"""All blocks of one layer group: reference counts, the prefix index, and eviction. No torch: ids only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .block import Block, FreeBlockList
 from .evicted import EvictedHashes
 
 NULL_BLOCK_ID = 0
-"""Reserved: padding of block tables points here, padded rows of a captured graph write here. Nobody owns it."""
+"""Reserved: padding of block tables points here, and so do entries whose block has left the window. Nobody owns it."""
 
 
 EVICTED_HASHES_PER_BLOCK = 4
@@ -20,21 +20,17 @@ class OutOfBlocks(Exception):
 
 
 class BlockPool:
-    """Blocks 1 … num_blocks − 1, each either free or referenced by at least one table.
+    """Blocks 1 … num_blocks − 1, each either free or referenced by at least one table."""
 
-    The index of published blocks is kept per layer group, since the same tokens have other K/V there.
-    """
-
-    def __init__(self, num_blocks: int, num_groups: int = 1) -> None:
+    def __init__(self, num_blocks: int) -> None:
         if num_blocks < 2:
             raise ValueError("a pool needs at least two blocks: one is reserved")
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
         self.free_list = FreeBlockList()
         for block in self.blocks[1:]:
             self.free_list.push_back(block)
-        self.index: list[dict[bytes, Block]] = [{} for _ in range(num_groups)]
-        self._group_of: dict[int, int] = {}
-        self.evicted = [EvictedHashes(EVICTED_HASHES_PER_BLOCK * num_blocks) for _ in range(num_groups)]
+        self.index: dict[bytes, Block] = {}
+        self.evicted = EvictedHashes(EVICTED_HASHES_PER_BLOCK * num_blocks)
         """Hashes that were in the index until their block was reused, and have not come back since."""
         self.num_evicted = 0
         """Running total of published blocks that were reused for other contents."""
@@ -42,6 +38,10 @@ class BlockPool:
         """Free blocks that still bear a hash."""
         self.num_shared = 0
         """Blocks that more than one table refers to."""
+
+    @property
+    def null(self) -> Block:
+        return self.blocks[NULL_BLOCK_ID]
 
     @property
     def num_usable(self) -> int:
@@ -76,8 +76,8 @@ class BlockPool:
             block.ref_count += 1
 
     def release(self, blocks: Iterable[Block]) -> None:
-        """One reference less to each. Give the last block of a table first: what is released first is reused first,
-        and a prefix is worth nothing without its beginning. Raises ValueError for a block that is free already."""
+        """One reference less to each. What is released first is reused first: give the last block of a table first,
+        for a prefix is worth nothing without its beginning. Raises ValueError for a block that is free already."""
         for block in blocks:
             if block.ref_count <= 0:
                 raise ValueError(f"{block!r} is released more often than it was taken")
@@ -91,41 +91,41 @@ class BlockPool:
                     self.num_cached_free += 1
                     self.free_list.push_back(block)
 
-    def lookup(self, group: int, block_hash: bytes, parent_hash: bytes, tokens: bytes) -> Block | None:
+    def lookup(self, block_hash: bytes, parent_hash: bytes, tokens: bytes) -> Block | None:
         """The published block with this hash, if its tokens and its parent really are the same."""
-        block = self.index[group].get(block_hash)
+        block = self.index.get(block_hash)
         if block is None or block.token_bytes != tokens or block.parent_hash != parent_hash:
             return None
         return block
 
-    def was_published(self, group: int, block_hash: bytes) -> bool:
+    def was_published(self, block_hash: bytes) -> bool:
         """Whether a block with this hash is findable, or was until it was evicted not too long ago."""
-        return block_hash in self.index[group] or block_hash in self.evicted[group]
+        return block_hash in self.index or block_hash in self.evicted
 
-    def publish(self, group: int, block: Block, block_hash: bytes, parent_hash: bytes, tokens: bytes) -> None:
+    def publish(self, block: Block, block_hash: bytes, parent_hash: bytes, tokens: bytes) -> None:
         """Make a full, written block findable. If an equal one is known already, this one stays private."""
-        if block.hash is not None or block_hash in self.index[group]:
+        if block.hash is not None or block_hash in self.index:
             return
         block.hash, block.parent_hash, block.token_bytes = block_hash, parent_hash, tokens
-        self.index[group][block_hash] = block
-        self._group_of[block.id] = group
-        self.evicted[group].discard(block_hash)
+        self.index[block_hash] = block
+        self.evicted.discard(block_hash)
 
-    def unpublish(self, blocks: Iterable[Block]) -> None:
-        """Take blocks out of the index; active ones stay with their owners."""
-        for block in blocks:
-            if block.hash is not None:
+    def withdraw(self, block_hashes: Iterable[bytes]) -> None:
+        """As if blocks with these hashes had never been published; active ones stay with their owners."""
+        for block_hash in block_hashes:
+            self.evicted.discard(block_hash)
+            if (block := self.index.get(block_hash)) is not None:
                 self.num_cached_free -= block.ref_count == 0
                 self._unpublish(block)
 
     def _evict(self, block: Block, block_hash: bytes) -> None:
         """A free published block is about to hold something else."""
-        self.evicted[self._group_of[block.id]].add(block_hash)
+        self.evicted.add(block_hash)
         self.num_evicted += 1
         self.num_cached_free -= 1
         self._unpublish(block)
 
     def _unpublish(self, block: Block) -> None:
         assert block.hash is not None
-        del self.index[self._group_of.pop(block.id)][block.hash]
+        del self.index[block.hash]
         block.hash = block.parent_hash = block.token_bytes = None

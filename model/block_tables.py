@@ -25,7 +25,9 @@ class BlockTables:
     """The block tables of live sequences. What is kept is compared with the scheduler's live view at every use, so that
     it can be old but never wrong."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: int = 0) -> None:
+        """Of one layer group."""
+        self._group = group
         self._entries: dict[str, _Entry] = {}
         self._free_slots: list[int] = []
         self._array: _Ints = np.zeros((0, 0), np.int64)
@@ -42,7 +44,7 @@ class BlockTables:
         """The first `counts[r]` blocks of each row, block 0 behind them. [num_rows, max(counts)]"""
         slots = []
         for row in rows:
-            ids = row.block_ids[0]
+            ids = row.block_ids[self._group]
             entry = self._entries.get(row.seq_id)
             if entry is None or entry.ids != ids:
                 entry = self._note(row.seq_id, entry, ids)

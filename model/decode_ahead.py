@@ -28,21 +28,27 @@ class DecodeAhead:
         model: CausalLM,
         backend: DeviceBackend,
         sampler: Sampler,
-        kv_pool: torch.Tensor,
+        kv_layers: Sequence[torch.Tensor],
         *,
         max_num_seqs: int,
         max_model_len: int,
         vocab_size: int,
     ) -> None:
-        block_size = kv_pool.shape[4]
+        block_size = kv_layers[0].shape[3]
         self._sampler = sampler
         self._max_rows = min(max_num_seqs, MAX_GRAPH_ROWS)
         # One more than sequences: the probe after a failure brings one of its own.
-        self._slots = DeviceSlots(max_num_seqs + 1, -(-max_model_len // block_size), block_size, kv_pool.device)
+        self._slots = DeviceSlots(
+            max_num_seqs + 1,
+            -(-max_model_len // block_size),
+            block_size,
+            kv_layers[0].device,
+            num_groups=len(model.layer_groups),
+        )
         step = DecodeStep(
             model,
             backend,
-            kv_pool,
+            kv_layers,
             self._slots,
             max_rows=max_num_seqs,
             max_model_len=max_model_len,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,31 +43,31 @@ class DecodeStep:
         self,
         model: CausalLM,
         backend: DeviceBackend,
-        kv_pool: torch.Tensor,
+        kv_layers: Sequence[torch.Tensor],
         slots: DeviceSlots,
         *,
         max_rows: int,
         max_model_len: int,
         vocab_size: int,
     ) -> None:
-        """`max_rows` rows of at most `max_model_len` tokens at once."""
+        """`max_rows` rows of at most `max_model_len` tokens at once; `kv_layers`: each layer's part of its pool."""
         self._model = model
         self._backend = backend
-        self._kv_pool = kv_pool
+        self._kv_layers = kv_layers
         self._slots = slots
-        self._block_size = kv_pool.shape[4]
+        self._block_size = kv_layers[0].shape[3]
         self.max_model_len = max_model_len
-        device = kv_pool.device
+        device = kv_layers[0].device
         self._inputs = torch.zeros((_FIELDS, max_rows), dtype=torch.int64, device=device)
         self.drawn = torch.zeros(max_rows, dtype=torch.int64, device=device)
         """Tokens of the latest step, -1 where its logits were NaN. [max_rows]"""
         # Captured steps of all shapes write here, instead of keeping memory of their own each.
         self._logits = torch.empty((max_rows, vocab_size), dtype=backend.dtype, device=device)
         # Of each group: what a plan leaves there depends on the group's window.
-        self._workspaces = tuple(
+        self._workspaces = [
             backend.decode_workspace(group.attention, self._block_size, max_rows, max_model_len)
             for group in model.layer_groups
-        )
+        ]
 
     def load(self, rows: Sequence[ScheduledRow], sources: Sequence[int], shape: StepShape) -> None:
         """Send a step's numbers. `sources[r]`: the place in `drawn` of row r's token, if the host does not know it."""
@@ -87,29 +88,10 @@ class DecodeStep:
         tokens = torch.where(sources >= 0, self.drawn.index_select(0, sources.clamp(min=0)), tokens)
         # A row of NaN logits drew -1; its request ends before this step's result is looked at.
         tokens = tokens.clamp(min=0)
-        width = -(-shape.max_kv_len // self._block_size)
-        tables = slots.block_tables[:, :width].index_select(0, slot_ids)  # int32 [num_rows, width]
         exists = slot_ids != slots.padding_slot
-        blocks = tables.gather(1, (positions // self._block_size)[:, None]).view(-1).to(torch.int64)
-        places = blocks * self._block_size + positions % self._block_size
         kv_lens = torch.where(exists, positions + 1, 0).to(torch.int32)
-        places = torch.where(exists, places, -1)
-        plans = tuple(
-            self._backend.plan_decode(
-                DecodeInputs(
-                    max_kv_len=shape.max_kv_len,
-                    workspace=workspace,
-                    kv_lens=kv_lens,
-                    positions=positions,
-                    slots=places,
-                    block_tables=tables,
-                ),
-                group.attention,
-                self._block_size,
-            )
-            for group, workspace in zip(self._model.layer_groups, self._workspaces, strict=True)
-        )
-        hidden = self._model.forward(tokens, plans, self._kv_pool.unbind())
+        plans = [self._plan(group, shape, slot_ids, positions, kv_lens) for group in range(len(self._workspaces))]
+        hidden = self._model.forward(tokens, plans, self._kv_layers)
         logits = self._logits[: shape.num_rows]
         logits.copy_(self._model.logits(hidden))
         parameters = DrawParameters(
@@ -121,6 +103,24 @@ class DecodeStep:
             positions=positions + 1,
         )
         self.drawn[: shape.num_rows].copy_(self._backend.draw(logits, parameters))
+
+    def _plan(
+        self, group: int, shape: StepShape, slot_ids: torch.Tensor, positions: torch.Tensor, kv_lens: torch.Tensor
+    ) -> Any:
+        """The backend's, of one layer group: slot_ids and positions int64 [num_rows], kv_lens int32 [num_rows]."""
+        width = -(-shape.max_kv_len // self._block_size)
+        tables = self._slots.block_tables[group, :, :width].index_select(0, slot_ids)  # int32 [num_rows, width]
+        blocks = tables.gather(1, (positions // self._block_size)[:, None]).view(-1).to(torch.int64)
+        places = blocks * self._block_size + positions % self._block_size
+        inputs = DecodeInputs(
+            max_kv_len=shape.max_kv_len,
+            workspace=self._workspaces[group],
+            kv_lens=kv_lens,
+            positions=positions,
+            slots=torch.where(kv_lens > 0, places, -1),
+            block_tables=tables,
+        )
+        return self._backend.plan_decode(inputs, self._model.layer_groups[group].attention, self._block_size)
 
     def logits(self, num_rows: int) -> torch.Tensor:
         """Of the latest step, until the next one: [num_rows, vocab]."""

@@ -22,21 +22,24 @@ _MASK64 = 2**64 - 1
 @dataclass(slots=True)
 class _Entry:
     slot: int
-    view: Sequence[int]
-    """The scheduler's live table. A sequence that comes back after a preemption has another, and so has another
-    sequence under the same id: whoever has this one has these parameters too."""
-    sent: list[int] = field(default_factory=list)
-    """That table as the device knows it."""
+    views: tuple[Sequence[int], ...]
+    """The scheduler's live tables. A sequence that comes back after a preemption has others, and so has another
+    sequence under the same id: whoever has these has these parameters too."""
+    sent: tuple[list[int], ...]
+    """Those tables as the device knows them."""
     num_written_blocks: int = 0
     """Leading blocks that are never written again, and therefore never replaced, as of the last look."""
-    newest_block: int = -1
-    """The one behind them. -1: there was no look yet."""
+    newest_blocks: list[int] = field(default_factory=list)
+    """Those behind them, one of each table. Empty: there was no look yet."""
 
 
 class DeviceSlots:
     """Slots 0 … num_slots - 1, and one more that is nobody's: padded rows of a captured step stand there."""
 
-    def __init__(self, num_slots: int, max_blocks: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, max_blocks: int, block_size: int, device: torch.device, num_groups: int = 1
+    ) -> None:
+        """A table of `max_blocks` blocks for each slot and layer group."""
         self._device = device
         self._entries: dict[str, _Entry] = {}
         self._free = list(range(num_slots - 1, -1, -1))
@@ -45,7 +48,7 @@ class DeviceSlots:
         self._max_blocks = max_blocks
         self._block_size = block_size
         self.padding_slot = num_slots
-        self.block_tables = torch.zeros((num_slots + 1, max_blocks), dtype=torch.int32, device=device)
+        self.block_tables = torch.zeros((num_groups, num_slots + 1, max_blocks), dtype=torch.int32, device=device)
         self.temperatures = torch.zeros(num_slots + 1, dtype=torch.float32, device=device)
         self.top_ps = torch.ones(num_slots + 1, dtype=torch.float32, device=device)
         self.min_ps = torch.zeros(num_slots + 1, dtype=torch.float32, device=device)
@@ -67,14 +70,14 @@ class DeviceSlots:
         blocks: list[int] = []
         slots: list[int] = []
         for row in rows:
-            ids = row.block_ids[0]
             entry = self._entries.get(row.seq_id)
-            if entry is None or entry.view is not ids:
+            if entry is None or entry.views[0] is not row.block_ids[0]:
                 entry = self._enter(row, rows)
                 fresh.append((entry.slot, row))
             written = row.num_computed_tokens // self._block_size
             # Most rows write where they wrote in the step before.
-            if written != entry.num_written_blocks or ids[written] != entry.newest_block:
+            newest = [ids[written] for ids in row.block_ids]
+            if written != entry.num_written_blocks or newest != entry.newest_blocks:
                 self._note_changes(entry, written, places, blocks)
             slots.append(entry.slot)
         if places:
@@ -90,7 +93,7 @@ class DeviceSlots:
         if known is None and not self._free:
             self._make_room(rows)
         slot = self._free.pop() if known is None else known.slot
-        entry = self._entries[row.seq_id] = _Entry(slot, row.block_ids[0])
+        entry = self._entries[row.seq_id] = _Entry(slot, row.block_ids, tuple([] for _ in row.block_ids))
         if row.params.may_edit_logits:
             self.editing.add(row.seq_id)
         else:
@@ -106,25 +109,25 @@ class DeviceSlots:
         self.drop(absent[:num_missing])
 
     def _note_changes(self, entry: _Entry, written: int, places: list[int], blocks: list[int]) -> None:
-        """Append what the device does not know of a table yet, whose first `written` blocks are full. Costs the same
-        however long the table is.
+        """Append what the device does not know of a row's tables yet, whose first `written` blocks are full. Costs the
+        same however long they are.
 
-        While a table lives it grows at its end, and copy-on-write replaces the block of the first written token; no
-        other entry ever changes.
+        While a table lives it grows at its end, copy-on-write replaces the block of the first written token, and block
+        0 takes the place of those that a window has passed, which nobody reads; no other entry ever changes.
         """
-        ids, sent = entry.view, entry.sent
-        first_place = entry.slot * self._max_blocks
-        # Steps that do not come by here replace blocks too: look at all that were written since the last time.
-        for index in range(entry.num_written_blocks, min(written + 1, len(sent))):
-            if sent[index] != ids[index]:
-                sent[index] = ids[index]
-                places.append(first_place + index)
-                blocks.append(ids[index])
-        entry.num_written_blocks, entry.newest_block = written, ids[written]
-        if len(sent) < len(ids):
-            places.extend(range(first_place + len(sent), first_place + len(ids)))
-            blocks.extend(ids[len(sent) :])
-            sent.extend(ids[len(sent) :])
+        for group, (ids, sent) in enumerate(zip(entry.views, entry.sent, strict=True)):
+            first_place = (group * self.block_tables.shape[1] + entry.slot) * self._max_blocks
+            # Steps that do not come by here replace blocks too: look at all that were written since the last time.
+            for index in range(entry.num_written_blocks, min(written + 1, len(sent))):
+                if sent[index] != ids[index]:
+                    sent[index] = ids[index]
+                    places.append(first_place + index)
+                    blocks.append(ids[index])
+            if len(sent) < len(ids):
+                places.extend(range(first_place + len(sent), first_place + len(ids)))
+                blocks.extend(ids[len(sent) :])
+                sent.extend(ids[len(sent) :])
+        entry.num_written_blocks, entry.newest_blocks = written, [ids[written] for ids in entry.views]
 
     def _write_parameters(self, fresh: Sequence[tuple[int, ScheduledRow]]) -> None:
         params = [row.params for _, row in fresh]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +23,15 @@ class ForwardBatch:
     """One step's tokens, row after row, and where they belong."""
 
     token_ids: torch.Tensor  # int64 [num_tokens]
-    attention: AttentionInputs
+    attention: tuple[AttentionInputs, ...]
+    """For each layer group; they differ in slots and block tables."""
     logits_indices: torch.Tensor  # int64 [num_drawing], the last token of each row that draws
     drawing_rows: list[ScheduledRow]
     """In batch order. [num_drawing]"""
 
 
 def build_forward_batch(
-    batch: ScheduledBatch, block_size: int, device: torch.device, block_tables: BlockTables
+    batch: ScheduledBatch, block_size: int, device: torch.device, block_tables: Sequence[BlockTables]
 ) -> ForwardBatch:
     """Read the rows' live views once and move the result to the device. The batch must not be empty."""
     rows = batch.rows
@@ -43,11 +45,11 @@ def build_forward_batch(
 
     row_of_token = np.repeat(np.arange(num_rows), query_lens)
     positions = np.arange(num_tokens) - query_starts[row_of_token] + computed[row_of_token]
-    tables = block_tables.gather(rows, -(-context_lens // block_size))  # [num_rows, max_blocks]
-    slots = tables[row_of_token, positions // block_size] * block_size + positions % block_size
     draws = np.array([row.draws_token for row in rows])
 
-    attention = AttentionInputs(
+    num_blocks = -(-context_lens // block_size)
+    tables = [group.gather(rows, num_blocks) for group in block_tables]  # each [num_rows, max_blocks]
+    common = AttentionInputs(
         num_rows=num_rows,
         num_decode_rows=batch.num_decode_rows,
         max_query_len=int(query_lens[batch.num_decode_rows :].max(initial=0)),
@@ -56,15 +58,28 @@ def build_forward_batch(
         query_starts=to_device(query_starts, device),
         kv_lens=to_device(context_lens, device),
         positions=to_device(positions, device),
-        slots=to_device(slots, device),
-        block_tables=to_device(tables, device),
+        slots=to_device(_slots(tables[0], row_of_token, positions, block_size), device),
+        block_tables=to_device(tables[0], device),
     )
+    others = [
+        replace(
+            common,
+            slots=to_device(_slots(table, row_of_token, positions, block_size), device),
+            block_tables=to_device(table, device),
+        )
+        for table in tables[1:]
+    ]
     return ForwardBatch(
         token_ids=to_device(_token_ids(batch, num_tokens), device),
-        attention=attention,
+        attention=(common, *others),
         logits_indices=to_device(query_starts[1:][draws] - 1, device),
         drawing_rows=list(itertools.compress(rows, draws.tolist())),
     )
+
+
+def _slots(tables: _Ints, row_of_token: _Ints, positions: _Ints, block_size: int) -> _Ints:
+    """Where each token's K/V go. [num_tokens]"""
+    return tables[row_of_token, positions // block_size] * block_size + positions % block_size
 
 
 def _token_ids(batch: ScheduledBatch, num_tokens: int) -> _Ints:

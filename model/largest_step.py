@@ -65,7 +65,7 @@ def device_memory(device: torch.device) -> DeviceMemory | None:
 
 
 def largest_batches(
-    *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, block_size: int
+    *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, block_size: int, num_groups: int
 ) -> list[ScheduledBatch]:
     """The steps that need most: as many tokens and draws as a step may have, the longest sequence as long as one may
     be; then two of nothing but decodes, the second of which is where a step is captured."""
@@ -81,7 +81,7 @@ def largest_batches(
     num_decodes = num_rows - len(chunks)
 
     def row(index: int, num_scheduled: int, num_tokens: int) -> ScheduledRow:
-        blocks = ([_BLOCK_ID] * -(-num_tokens // block_size),)
+        blocks = ([_BLOCK_ID] * -(-num_tokens // block_size),) * num_groups
         return ScheduledRow(
             f"largest/{index}", [0] * num_tokens, 1, num_tokens - num_scheduled, num_scheduled, blocks, _WIDEST, index
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..kernels.backend import AttentionSpec
+from .kv_layout import kv_layout
 from .spec import ModelSpec
 
 
@@ -28,8 +29,7 @@ def attention_spec(spec: ModelSpec, window: int = 0) -> AttentionSpec:
 
 
 def layer_groups(spec: ModelSpec) -> tuple[LayerGroup, ...]:
-    """Layers that attend to everything first, then those with a window."""
-    members: dict[int, list[int]] = {}
-    for layer in range(spec.num_hidden_layers):
-        members.setdefault(spec.window(layer), []).append(layer)
-    return tuple(LayerGroup(attention_spec(spec, window), tuple(members[window])) for window in sorted(members))
+    """Layers that attend to everything first, then those with a window: in the order of `kv_layout`'s groups, and so of
+    the pools."""
+    groups = kv_layout(spec).groups
+    return tuple(LayerGroup(attention_spec(spec, group.layer.window or 0), group.layer_ids) for group in groups)

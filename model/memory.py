@@ -12,7 +12,8 @@ import torch
 
 from ..kernels.backend import KernelBackend
 from .kv_layout import KvLayout, kv_layout
-from .layer_groups import attention_spec
+from .layer_groups import layer_groups
+from .pool_split import PoolSplit
 from .spec import ModelError, ModelSpec
 
 _CPU_FRACTION = 0.5
@@ -26,16 +27,35 @@ _OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough me
 
 
 @dataclass(frozen=True, slots=True)
-class CachePlan:
-    """What the pool turned out to be."""
+class PoolPlan:
+    """One layer group's pool."""
 
     num_blocks: int
     """Block 0, which no sequence owns, included."""
+    window: int | None
+    """Of its layers. None: they see everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """What the pools turned out to be."""
+
+    pools: tuple[PoolPlan, ...]
+    """In the order of the layout's groups."""
     max_model_len: int
     """Tokens of one sequence at most: asked for or trained for, and no more than the pool holds."""
     kv_cache_bytes: int
     notes: tuple[str, ...] = ()
     """Lines a user should see: what was fitted, and how to get more."""
+
+    @property
+    def usable_blocks(self) -> list[int]:
+        """Of each pool, without block 0: as the server counts them."""
+        return [pool.num_blocks - 1 for pool in self.pools]
+
+    @property
+    def num_usable_blocks(self) -> int:
+        return sum(self.usable_blocks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +101,7 @@ def cache_request(
     max_num_batched_tokens: int,
 ) -> CacheRequest:
     """The request of a model that runs on `backend`."""
-    attention = attention_spec(spec)
+    groups = layer_groups(spec)
     return CacheRequest(
         block_size=block_size,
         dtype=backend.dtype,
@@ -89,8 +109,11 @@ def cache_request(
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_memory=kv_cache_memory,
         max_model_len=max_model_len,
-        attention_bytes=lambda num_tokens: backend.attention_workspace_bytes(
-            attention, block_size, max_num_batched_tokens, max_num_seqs, num_tokens
+        attention_bytes=lambda num_tokens: sum(
+            backend.attention_workspace_bytes(
+                group.attention, block_size, max_num_batched_tokens, max_num_seqs, num_tokens
+            )
+            for group in groups
         ),
     )
 
@@ -107,28 +130,45 @@ def fit_cache(spec: ModelSpec, layout: KvLayout, request: CacheRequest, free: Fr
     does not have.
     """
     wanted_len = _wanted_len(spec, request)
-    block_size, itemsize = request.block_size, request.dtype.itemsize
-    block_bytes = layout.block_bytes(block_size, itemsize)
+    split = PoolSplit(
+        layout=layout,
+        block_size=request.block_size,
+        itemsize=request.dtype.itemsize,
+        max_num_seqs=request.max_num_seqs,
+        max_model_len=wanted_len,
+        step_tokens=request.max_num_batched_tokens,
+    )
     if request.kv_cache_memory is not None:
         budget = request.kv_cache_memory
-        num_blocks = budget // block_bytes
-        _check_free(num_blocks * block_bytes, free)
     else:
+        # No more than what is needed, and as much of windows again for cached prefixes.
         budget = _free_budget(spec, layout, request, wanted_len, free)
-        most = request.max_num_seqs * layout.sequence_bytes(wanted_len, block_size, itemsize)
-        num_blocks = min(budget // block_bytes, -(-most // block_bytes) + 1)
-    needed = min(_MIN_USABLE_BLOCKS, -(-wanted_len // block_size)) + 1
-    if num_blocks < needed:
-        raise ModelError(_too_small(request, budget, needed * block_bytes))
-    # Block 0 is nobody's.
-    max_model_len = layout.longest_sequence((num_blocks - 1) * block_bytes, block_size, itemsize, wanted_len)
+        budget = min(budget, split.num_bytes(split.blocks(2 * split.mark)))
+    if request.max_model_len is not None:
+        split = replace(split, must_fit=split.longest_that_fits(budget))
+    blocks = split.largest(budget)
+    needed = min(_MIN_USABLE_BLOCKS, -(-wanted_len // request.block_size))
+    if min(blocks, default=0) < needed:
+        raise ModelError(_too_small(request, budget, split.num_bytes([needed] * len(layout.groups))))
+    num_bytes, max_model_len = split.num_bytes(blocks), split.longest_sequence(blocks)
+    if request.kv_cache_memory is not None:
+        _check_free(num_bytes, free)
     notes: tuple[str, ...] = ()
     if max_model_len < wanted_len:
         notes = (
-            f"the KV cache of {num_blocks * block_bytes / _GIB:.2f} GiB holds {max_model_len} tokens, so sequences are "
-            f"limited to that instead of {wanted_len}; a larger kv-cache-memory lifts the limit",
+            f"the KV cache of {num_bytes / _GIB:.2f} GiB holds {max_model_len} tokens, so sequences are "
+            f"limited to that instead of {wanted_len}; a larger kv-cache-memory lifts the limit"
+            + _longer_on_request(split.longest_that_fits(budget), max_model_len),
         )
-    return CachePlan(num_blocks, max_model_len, num_blocks * block_bytes, notes)
+    pools = tuple(PoolPlan(count + 1, group.layer.window) for count, group in zip(blocks, layout.groups, strict=True))
+    return CachePlan(pools, max_model_len, num_bytes, notes)
+
+
+def _longer_on_request(longest: int, max_model_len: int) -> str:
+    """Windows are divided for many sequences, unless a long one is asked for."""
+    if longest <= max_model_len:
+        return ""
+    return f", and a max-model-len of up to {longest} does, at the cost of how many run at once"
 
 
 def longest_possible(spec: ModelSpec, request: CacheRequest, device: torch.device) -> int:
@@ -195,7 +235,8 @@ def _share(free: FreeMemory) -> int:
 
 
 def activation_bytes(spec: ModelSpec, request: CacheRequest, max_model_len: int) -> int:
-    """An upper estimate of what one step allocates beside weights and pool, and of the table of RoPE."""
+    """An upper estimate of what one step allocates beside weights and pool, and of the tables of RoPE."""
+    num_layers = spec.num_hidden_layers
     widest = max(
         2 * spec.intermediate_size,
         (spec.num_attention_heads + 2 * spec.num_key_value_heads) * spec.head_dim,
@@ -212,7 +253,7 @@ def activation_bytes(spec: ModelSpec, request: CacheRequest, max_model_len: int)
         request.max_num_batched_tokens * per_token
         + request.max_num_seqs * per_row
         + request.attention_bytes(max_model_len)
-        + max_model_len * spec.rope.rotary_dim * 4
+        + max_model_len * 4 * sum(rope.rotary_dim for rope in {spec.layer_rope(layer) for layer in range(num_layers)})
     )
 
 

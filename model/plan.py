@@ -11,6 +11,7 @@ import torch
 
 from ..kernels.select import fallback_note, label, select_backend
 from .header import ModelHeader
+from .kv_layout import KvLayout
 from .memory import CachePlan, FreeMemory, cache_request, fit_cache
 from .sizes import size_text
 from .spec import ModelError
@@ -74,8 +75,13 @@ class DtypePlan:
 
     @property
     def num_blocks(self) -> int:
-        """As the server counts them: without block 0, which is nobody's."""
-        return 0 if self.cache is None else self.cache.num_blocks - 1
+        """As the server counts them: of all pools, without their blocks 0, which are nobody's."""
+        return sum(self.pool_blocks)
+
+    @property
+    def pool_blocks(self) -> list[int]:
+        """The same, of each pool: layers that keep everything first, then those with a window."""
+        return [] if self.cache is None else self.cache.usable_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +122,10 @@ class ModelPlan:
         return self.holds(self.concurrency, self.context)
 
     def holds(self, num_seqs: int, context: int) -> bool:
-        """Whether the planned pool holds so many sequences of that length at once. A pool that is sized for more
-        sequences, or longer ones, may be smaller: `most_sequences` and `longest_context` are not about this one."""
-        layout, block_size, itemsize = self.header.kv_layout, self.request.block_size, self.request.dtype.itemsize
-        usable = self.cache.kv_cache_bytes - layout.block_bytes(block_size, itemsize)  # block 0 is nobody's
-        return (
-            num_seqs <= self.num_running
-            and context <= self.cache.max_model_len
-            and num_seqs * layout.sequence_bytes(context, block_size, itemsize) <= usable
+        """Whether the planned pools hold so many sequences of that length at once. Pools that are sized for more
+        sequences, or longer ones, may be smaller: `most_sequences` and `longest_context` are not about these."""
+        return num_seqs <= self.num_running and _hold(
+            self.cache, self.header.kv_layout, self.request, num_seqs, context
         )
 
     @property
@@ -190,7 +192,6 @@ class _Planner:
             else self.backend.weight_bytes(header.weights)
         )
         self._free = request.free.less(self.weight_bytes)
-        self._block_bytes = header.kv_layout.block_bytes(request.block_size, dtype.itemsize)
 
     @property
     def keeps_quantised(self) -> bool:
@@ -248,8 +249,7 @@ class _Planner:
             cache = self._fit(num_seqs, context)
         except ModelError:
             return False
-        usable = cache.kv_cache_bytes - self._block_bytes  # block 0 is nobody's
-        return cache.max_model_len >= context and num_seqs * self.sequence_bytes(context) <= usable
+        return _hold(cache, self._header.kv_layout, self._request, num_seqs, context)
 
     def _fit(self, max_num_seqs: int, max_model_len: int | None) -> CachePlan:
         missing = self.weight_bytes - self._request.free.free_bytes
@@ -268,6 +268,15 @@ class _Planner:
             max_num_batched_tokens=self._request.max_num_batched_tokens,
         )
         return fit_cache(self._header.spec, self._header.kv_layout, request, self._free)
+
+
+def _hold(cache: CachePlan, layout: KvLayout, request: PlanRequest, num_seqs: int, context: int) -> bool:
+    """Whether pools hold so many sequences of `context` tokens at once, while a step computes a part of a prompt."""
+    block_size, step_tokens = request.block_size, request.max_num_batched_tokens
+    return context <= cache.max_model_len and all(
+        group.layer.blocks_of_sequences(num_seqs, context, block_size, step_tokens) < pool.num_blocks
+        for group, pool in zip(layout.groups, cache.pools, strict=True)
+    )
 
 
 def _largest(limit: int, holds: Callable[[int], bool]) -> int:

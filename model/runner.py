@@ -26,13 +26,15 @@ from .decode_ahead import DecodeAhead
 from .device import resolve_device, resolve_dtype
 from .drawn import Drawn
 from .forward_batch import ForwardBatch, build_forward_batch
-from .kv_cache import allocate_pool
+from .kv_cache import allocate_pools, layers_of
+from .kv_layout import kv_layout
 from .largest_step import DeviceMemory, device_memory, largest_batches, measure
 from .loader import check_weights, load_model, stored_weights
 from .memory import (
     DEFAULT_BATCHED_TOKENS,
     CachePlan,
     CacheRequest,
+    PoolPlan,
     cache_request,
     is_out_of_memory,
     longest_possible,
@@ -106,8 +108,9 @@ class ModelRunner:
             with _needing_memory(f"the weights ({self.weight_bytes / 2**30:.2f} GiB)", _SMALLER_WEIGHTS):
                 self._model = load_model(source, self.backend, lambda share: report("load", share))
                 self._sampler = Sampler(self.spec.vocab_size, self._device, as_drawing_backend(self.backend))
-        self._block_tables = BlockTables()
-        self._kv_pool: torch.Tensor | None = None
+        self._block_tables = [BlockTables(group) for group in range(len(self._model.layer_groups))]
+        self._kv_pools: tuple[torch.Tensor, ...] = ()
+        self._kv_layers: list[torch.Tensor] = []
         self._step: StepFunction = self._compute
         self._decode: DecodeAhead | None = None
 
@@ -151,7 +154,7 @@ class ModelRunner:
         if memory is not None and kv_cache_memory is None:
             request = replace(request, step_bytes=self._measure_step(memory, request))
         plan = plan_cache(self.spec, request, self._device)
-        self._set_up(plan.num_blocks, plan.max_model_len, request)
+        self._set_up(plan, request)
         recording_backend = as_recording_backend(self.backend) if self._only_operators else None
         if recording_backend is not None:
             self._record(recording_backend, max_num_seqs, max_num_batched_tokens)
@@ -163,66 +166,87 @@ class ModelRunner:
         """Whether a step is nothing but the backend's operators, so that it can be recorded or captured."""
         return not isinstance(self._model, PositionedCausalLM)
 
-    def _set_up(self, num_blocks: int, max_model_len: int, request: CacheRequest) -> None:
-        """Allocate the pool and what goes with it."""
-        what = f"the KV cache ({num_blocks} blocks)"
+    def _set_up(self, plan: CachePlan, request: CacheRequest) -> None:
+        """Allocate the pools and what goes with them."""
+        what = f"the KV cache ({plan.kv_cache_bytes / 2**30:.2f} GiB)"
         with _needing_memory(what, "give a smaller kv-cache-memory, or free some memory"):
-            self._kv_pool = allocate_pool(self.spec, num_blocks, self.block_size, self.backend.dtype, self._device)
-        what = f"the rotations of {max_model_len} positions"
+            self._kv_pools = allocate_pools(self.spec, plan, self.block_size, self.backend.dtype, self._device)
+            self._kv_layers = layers_of(self.spec, self._kv_pools)
+        what = f"the rotations of {plan.max_model_len} positions"
         with _needing_memory(what, "give a smaller max-model-len or kv-cache-memory"):
-            self._model.prepare(max_model_len)
+            self._model.prepare(plan.max_model_len)
         device_backend = as_device_backend(self.backend) if self._only_operators else None
         if device_backend is not None:
             self._decode = DecodeAhead(
                 self._model,
                 device_backend,
                 self._sampler,
-                self._kv_pool,
+                self._kv_layers,
                 max_num_seqs=request.max_num_seqs,
-                max_model_len=max_model_len,
+                max_model_len=plan.max_model_len,
                 vocab_size=self.spec.vocab_size,
             )
 
     def _measure_step(self, memory: DeviceMemory, request: CacheRequest) -> int:
-        """Bytes that the largest step takes, with a pool of two blocks in the place of the real one."""
+        """Bytes that the largest step takes, with pools of two blocks in the place of the real ones."""
         longest = longest_possible(self.spec, request, self._device)
+        windows = [group.layer.window for group in kv_layout(self.spec).groups]
+        plan = CachePlan(tuple(PoolPlan(2, window) for window in windows), longest, 0)
         batches = largest_batches(
             max_num_seqs=request.max_num_seqs,
             max_num_batched_tokens=request.max_num_batched_tokens,
             max_model_len=longest,
             block_size=self.block_size,
+            num_groups=self.num_groups,
         )
 
         def run(batch: ScheduledBatch) -> None:
-            if self._kv_pool is None:
-                self._set_up(2, longest, request)
+            if not self._kv_pools:
+                self._set_up(plan, request)
             self.launch(batch).result()
 
         def clean_up() -> None:
             self.release([row.seq_id for batch in batches for row in batch.rows])
-            self._kv_pool = self._decode = None
+            self._kv_pools, self._kv_layers, self._decode = (), [], None
 
         what = f"a step of {request.max_num_batched_tokens} tokens and {request.max_num_seqs} sequences"
         with _needing_memory(what, "give a smaller max-num-batched-tokens, max-num-seqs or max-model-len"):
             return measure(memory, batches, run, clean_up)
 
     @property
-    def kv_pool(self) -> torch.Tensor:
-        """[num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]."""
-        if self._kv_pool is None:
+    def num_groups(self) -> int:
+        """Layer groups: a row of a batch brings a block table for each."""
+        return len(self._model.layer_groups)
+
+    @property
+    def kv_pools(self) -> tuple[torch.Tensor, ...]:
+        """For each layer group [layers of the group, num_blocks, 2, num_kv_heads, block_size, head_dim]."""
+        self._require_cache()
+        return self._kv_pools
+
+    @property
+    def kv_layers(self) -> list[torch.Tensor]:
+        """Each layer's part of its pool, [num_blocks, 2, num_kv_heads, block_size, head_dim]."""
+        self._require_cache()
+        return self._kv_layers
+
+    def _require_cache(self) -> None:
+        if not self._kv_pools:
             raise RuntimeError("allocate_cache must be called before the first batch")
-        return self._kv_pool
 
     @torch.inference_mode()
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
-        """Copy blocks of all layers. `execute` does not look at `batch.block_copies`: copy before it, and once."""
-        if copies:
-            self.backend.copy_blocks(self.kv_pool, [c.source for c in copies], [c.target for c in copies])
+        """Copy blocks in all layers. `execute` does not look at `batch.block_copies`: copy before it, and once."""
+        for group in {copy.group for copy in copies}:
+            pairs = [(copy.source, copy.target) for copy in copies if copy.group == group]
+            sources, targets = zip(*pairs, strict=True)
+            self.backend.copy_blocks(self.kv_pools[group], sources, targets)
 
     def release(self, seq_ids: Sequence[str]) -> None:
         """Forget what is kept for sequences that ended; steps leave `finished_seq_ids` to their caller."""
         self._sampler.drop(seq_ids)
-        self._block_tables.drop(seq_ids)
+        for tables in self._block_tables:
+            tables.drop(seq_ids)
         if self._decode is not None:
             self._decode.release(seq_ids)
 
@@ -271,16 +295,16 @@ class ModelRunner:
 
     def _forward(self, batch: ForwardBatch) -> torch.Tensor:
         plans = tuple(
-            self.backend.plan_attention(batch.attention, group.attention, self.block_size)
-            for group in self._model.layer_groups
+            self.backend.plan_attention(inputs, group.attention, self.block_size)
+            for inputs, group in zip(batch.attention, self._model.layer_groups, strict=True)
         )
         if isinstance(self._model, PositionedCausalLM):
-            self._model.place(batch.attention.positions)
+            self._model.place(batch.attention[0].positions)
         return self._step(batch.token_ids, plans, batch.logits_indices)
 
     def _compute(self, token_ids: torch.Tensor, plans: tuple[Any, ...], logits_indices: torch.Tensor) -> torch.Tensor:
         """One step; a `StepFunction`."""
-        hidden = self._model.forward(token_ids, plans, self.kv_pool.unbind())  # [num_tokens, hidden]
+        hidden = self._model.forward(token_ids, plans, self.kv_layers)  # [num_tokens, hidden]
         if not logits_indices.numel():
             return hidden.new_empty((0, self.spec.vocab_size))
         return self._model.logits(self.backend.select_rows(hidden, logits_indices))
@@ -293,7 +317,7 @@ class ModelRunner:
             self._compute,
             max_num_tokens=max_num_batched_tokens,
             max_num_logits=max_num_logits,
-            num_groups=len(self._model.layer_groups),
+            num_groups=self.num_groups,
         )
         if step is None:
             self.notes.append("steps run operator by operator: this model's cannot be recorded")

@@ -14,10 +14,12 @@ from .sampling_params import SamplingParams
 
 @dataclass(slots=True, frozen=True)
 class BlockCopy:
-    """Copy one block's K/V of every layer before the step writes anything (copy-on-write)."""
+    """Copy one block's K/V of every layer of a group before the step writes anything (copy-on-write)."""
 
     source: int
     target: int
+    group: int = 0
+    """The layer group, each of which has block ids of its own."""
 
 
 class ScheduledRow(msgspec.Struct, frozen=True, eq=False, gc=False):
@@ -38,8 +40,9 @@ class ScheduledRow(msgspec.Struct, frozen=True, eq=False, gc=False):
     num_scheduled_tokens: int
     """≥ 1."""
     block_ids: tuple[Sequence[int], ...]
-    """The block table of each layer group; it covers every token up to the last scheduled one. While a sequence runs,
-    the same tuple in every step; when it comes back after a preemption, or its id is used again, another."""
+    """The block table of each layer group; it covers every token up to the last scheduled one, and holds block 0 where
+    nothing is left that one of the scheduled tokens sees. While a sequence runs, the same tuple in every step; when it
+    comes back after a preemption, or its id is used again, another."""
     params: SamplingParams
     seed: int
     """Key of the counter-based generator, 64 bits; its counter is the position of the drawn token."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..block_manager.config import CacheConfig as CacheConfig
+from ..block_manager.config import PoolConfig as PoolConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,16 @@ class SchedulerCounters(msgspec.Struct):
     prefix_misses_evicted: int = 0
     prefix_misses_tail: int = 0
 
+    def count_computed(self, request: Request, before: int, after: int) -> None:
+        """Tokens [before, after) of a request have been computed."""
+        high_water = request.high_water_tokens
+        if before < high_water:
+            self.num_recomputed_tokens += min(after, high_water) - before
+        if after > high_water:
+            request.high_water_tokens = after
+        if before < request.num_prompt_tokens:
+            self.num_prompt_tokens += min(after, request.num_prompt_tokens) - before
+
     def count_prefix(self, num_tokens: int, num_hits: int, misses: PrefixMisses) -> None:
         """A request of `num_tokens` was admitted for the first time."""
         self.prefix_cache_queries += num_tokens

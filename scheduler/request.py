@@ -40,6 +40,7 @@ class Request:
         "num_writable_tokens",
         "order",
         "params",
+        "passes_next_at",
         "priority",
         "request_id",
         "sample_index",
@@ -94,6 +95,8 @@ class Request:
         self.num_writable_tokens = 0
         """Tokens [num_computed_tokens, num_writable_tokens) have blocks that nobody else sees, so that a step which
         writes no further need not ask the block manager. Most decodes stay in the block that the last one wrote."""
+        self.passes_next_at = 0
+        """How many tokens must be computed before the block manager is to be told that a window has moved on."""
         self.high_water_tokens = 0
         """The most that num_computed_tokens ever was: computing below it again is waste."""
         self.num_cached_tokens = 0
@@ -131,6 +134,44 @@ class Request:
         return (
             f"Request({self.seq_id}, {self.status.value}, {self.num_computed_tokens}/{self.num_tokens} tokens computed)"
         )
+
+
+def make_samples(
+    request_id: str,
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    *,
+    seed: int,
+    order: tuple[int, int],
+    max_total_tokens: int,
+    eos_token_ids: tuple[int, ...],
+    block_size: int,
+    cache_salt: str,
+    arrival_time: float,
+) -> list[Request]:
+    """A request's `params.n` samples: the leader, which holds the others until it has computed their prompt.
+    `order` is the request's (priority, arrival number)."""
+    samples = [
+        Request(
+            request_id,
+            index,
+            prompt_token_ids,
+            params,
+            seed=seed,
+            order=(*order, index),
+            max_total_tokens=max_total_tokens,
+            eos_token_ids=eos_token_ids,
+            block_size=block_size,
+            cache_salt=cache_salt,
+            arrival_time=arrival_time,
+        )
+        for index in range(params.n)
+    ]
+    leader, siblings = samples[0], samples[1:]
+    for sibling in siblings:
+        sibling.status = RequestStatus.HELD
+    leader.held_siblings = siblings
+    return samples
 
 
 def derive_seed(seed: int, sample_index: int) -> int:

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 
 from ..block_manager.manager import BlockManager, PrefixMatch
-from .batch import BlockCopy, SampledRow, ScheduledBatch, ScheduledRow
+from .batch import SampledRow, ScheduledBatch, ScheduledRow
 from .budget import StepBudget
-from .config import CacheConfig, SchedulerConfig
+from .config import CacheConfig, PoolConfig, SchedulerConfig
 from .held_blocks import HeldBlocks
 from .progress import AdmissionStop, Progress, SchedulerCounters, WaitingCounts
 from .queue import WaitingQueue
-from .request import Request, RequestStatus, live_owner
+from .request import Request, RequestStatus, live_owner, make_samples
 from .sampling_params import SamplingParams
 from .stop import Stop, check_stop
 
@@ -34,23 +34,24 @@ class Scheduler:
         config: SchedulerConfig,
         cache: CacheConfig,
         *,
-        num_blocks: int,
+        pools: Sequence[PoolConfig],
         max_model_len: int,
         max_num_batched_tokens: int,
         eos_token_ids: Sequence[int] = (),
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`num_blocks` counts the reserved block 0; `max_model_len` must fit into the rest (ValueError)."""
-        self.blocks = BlockManager(num_blocks, cache.block_size, enable_prefix_caching=cache.enable_prefix_caching)
-        if max_model_len > self.blocks.capacity_tokens:
-            raise ValueError(f"a sequence of {max_model_len} tokens does not fit into {num_blocks - 1} blocks")
+        """One pool for each layer group; a sequence of `max_model_len` must fit into them (ValueError)."""
+        self.blocks = BlockManager(
+            pools, cache.block_size, max_num_batched_tokens, enable_prefix_caching=cache.enable_prefix_caching
+        )
+        if not self.blocks.can_hold(max_model_len):
+            raise ValueError(f"a sequence of {max_model_len} tokens does not fit into {pools}")
         self._block_size = cache.block_size
         self._held = HeldBlocks(self.blocks)
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
-        # So that decodes alone never exceed the budget.
-        self.max_num_running = min(config.max_num_seqs, max_num_batched_tokens)
+        self.max_num_running = min(config.max_num_seqs, max_num_batched_tokens)  # decodes never exceed the budget
         self._max_num_waiting = config.max_num_waiting
         self._eos_token_ids = tuple(eos_token_ids)
         self._seed = seed
@@ -64,6 +65,8 @@ class Scheduler:
         """Of the latest pass."""
         self._num_held = 0
         self._num_arrived = 0
+        self._num_in_flight = 0
+        """Batches that were scheduled and not taken in yet."""
         self._finished_seq_ids: list[str] = []
 
     # ------------------------------------------------------------------ arrival and departure
@@ -109,29 +112,21 @@ class Scheduler:
             raise QueueFull(f"{self.num_waiting} sequences are waiting already")
         self._num_arrived += 1
         max_tokens = self.max_model_len if params.max_tokens is None else params.max_tokens
-        samples = [
-            Request(
-                request_id,
-                sample_index,
-                prompt_token_ids,
-                params,
-                seed=self._seed + self._num_arrived if params.seed is None else params.seed,
-                order=(priority, self._num_arrived, sample_index),
-                max_total_tokens=min(self.max_model_len, len(prompt_token_ids) + max_tokens),
-                eos_token_ids=self._eos_token_ids,
-                block_size=self.blocks.block_size,
-                cache_salt=cache_salt,
-                arrival_time=self._clock() if arrival_time is None else arrival_time,
-            )
-            for sample_index in range(params.n)
-        ]
+        samples = make_samples(
+            request_id,
+            prompt_token_ids,
+            params,
+            seed=self._seed + self._num_arrived if params.seed is None else params.seed,
+            order=(priority, self._num_arrived),
+            max_total_tokens=min(self.max_model_len, len(prompt_token_ids) + max_tokens),
+            eos_token_ids=self._eos_token_ids,
+            block_size=self.blocks.block_size,
+            cache_salt=cache_salt,
+            arrival_time=self._clock() if arrival_time is None else arrival_time,
+        )
         self.requests[request_id] = {sample.sample_index: sample for sample in samples}
-        leader, siblings = samples[0], samples[1:]
-        for sibling in siblings:
-            sibling.status = RequestStatus.HELD
-        leader.held_siblings = siblings
-        self._num_held += len(siblings)
-        self.waiting.push(leader)
+        self._num_held += len(samples) - 1
+        self.waiting.push(samples[0])
 
     def abort(self, request_id: str, sample_index: int | None = None) -> list[Request]:
         """End a request, or one sample of it, at any moment; returns what was ended. Unknown ids are ignored."""
@@ -178,19 +173,20 @@ class Scheduler:
         one; a batch that will not run must be given to `retract`.
         """
         num_preemptions = self.counters.num_preemptions
-        copies = self._make_room()
-        preempted = self.counters.num_preemptions > num_preemptions
+        self._make_room()
         rows: list[ScheduledRow] = []
         prompts: list[Request] = []
         for request in self.running:
             num_tokens = len(request.token_ids) + request.num_drawing_tokens
             if num_tokens - request.num_computed_tokens > 1:
                 prompts.append(request)
+            elif num_tokens > request.num_writable_tokens:
+                continue  # its window waits for the step in flight
             elif num_tokens < request.max_total_tokens or not request.is_complete:
                 rows.append(self._take_row(request, 1))  # no more sequences run than a step has tokens
-        budget = StepBudget(self.max_num_batched_tokens - len(rows))
-        for request in sorted(prompts, key=lambda request: request.order):
-            budget.take(request)
+        budget = StepBudget(self.max_num_batched_tokens - len(rows), self._held.reserve)
+        self._serve(sorted(prompts, key=lambda request: request.order), budget, alone=not rows)
+        preempted = self.counters.num_preemptions > num_preemptions
         # Admitting in a step that had to evict would only move the shortage.
         admits = not preempted or not self.running
         self._admission_stop = self._admit_waiting(budget) if admits else AdmissionStop.CAPACITY
@@ -198,8 +194,9 @@ class Scheduler:
         shares = budget.shares()
         num_decode_rows = len(rows) + sum(count == 1 for _, count in shares)
         rows += [self._take_row(request, count) for request, count in shares]
+        self._num_in_flight += bool(rows)
         finished, self._finished_seq_ids = self._finished_seq_ids, []
-        return ScheduledBatch(rows, num_decode_rows, copies, finished)
+        return ScheduledBatch(rows, num_decode_rows, self._held.take_copies(), finished)
 
     def _take_row(self, request: Request, count: int) -> ScheduledRow:
         """The row of a step, which the request counts as computed."""
@@ -224,6 +221,7 @@ class Scheduler:
 
     def retract(self, batch: ScheduledBatch) -> None:
         """Take back the latest batch, which will not run. The blocks that its rows were given stay with them."""
+        self._num_in_flight -= bool(batch.rows)
         for row in batch.rows:
             request = live_owner(row)
             if request is not None:
@@ -245,21 +243,29 @@ class Scheduler:
             request.num_drawing_tokens = 0  # the step ahead was retracted: nothing else of it is in flight
             self._held.withdraw(request)
 
-    def _make_room(self) -> list[BlockCopy]:
-        """Give every running sequence the blocks that its next token needs, preempting others until there are enough.
-
-        Done before anything is scheduled, so nothing has to be undone. Blocks for a prompt were all taken at admission.
-        """
+    def _make_room(self) -> None:
+        """Give every sequence that decodes the blocks that its next token needs, preempting others until there are
+        enough. Where only windows are short, a step in flight is waited for: its end gives back what they have passed.
+        Done before anything is scheduled, so nothing has to be undone."""
         while True:
             growing = self._held.growing(self.running)
-            if not growing or self._held.num_missing(growing) <= self.blocks.num_free_blocks:
-                return [copy for request in growing for copy in self._held.grow(request)]
-            self._preempt(min(self.running, key=self._cost_of_preempting))
+            if not growing or self._held.can_grow(growing, but_windows=self._num_in_flight > 0):
+                break
+            self._preempt(min(self.running, key=self._held.cost_of_preempting))
+        for request in growing:
+            self._held.grow(request)
 
-    def _cost_of_preempting(self, request: Request) -> tuple[int, int, tuple[int, int, int]]:
-        """Least important first, then whoever loses the least computed work, then the newest."""
-        priority, arrival, sample = request.order
-        return (-priority, self._held.num_lost(request), (0, -arrival, -sample))
+    def _serve(self, prompts: list[Request], budget: StepBudget, *, alone: bool) -> None:
+        """Tokens for prompts under way. If nothing runs beside them and their windows fill a pool so that none can go
+        on, preempt some; but not while a step runs, whose end gives back what its rows' windows have passed."""
+        while True:
+            for request in prompts:
+                budget.take(request)
+            if not alone or not prompts or self._num_in_flight or budget.shares():
+                return
+            victim = min(prompts, key=self._held.cost_of_preempting)
+            prompts.remove(victim)
+            self._preempt(victim)
 
     def _preempt(self, request: Request) -> None:
         """Give up its blocks; it waits and recomputes (what the prefix cache still holds it finds again)."""
@@ -278,15 +284,15 @@ class Scheduler:
         a preemption. Nobody overtakes the first: a large request cannot starve.
         """
         while (request := self.waiting.peek()) is not None:
-            num_spare_blocks = self.blocks.num_free_blocks - len(self.running)
-            # Any admission takes a block: spares the look-up of a long prefix in every step.
-            if len(self.running) >= self.max_num_running or num_spare_blocks <= 0:
+            spare = self._held.spare(self.running)
+            # Any admission takes a block of each group: spares the look-up of a long prefix in every step.
+            if len(self.running) >= self.max_num_running or min(spare) <= 0:
                 return AdmissionStop.CAPACITY
             # One that was preempted while its token is being drawn knows in the next step what to compute.
             if budget.left <= 0 or request.num_drawing_tokens:
                 return AdmissionStop.BUDGET
             match = self.blocks.match(request.block_hashes, request.token_ids)
-            if self.blocks.blocks_to_admit(match, request.num_tokens) > num_spare_blocks:
+            if not self._held.fits(request, match, spare):
                 return AdmissionStop.CAPACITY
             self._admit(request, match)
             budget.take(request)
@@ -316,6 +322,7 @@ class Scheduler:
 
         Rows whose sequence has ended since are passed over; one that has been preempted since keeps its token.
         """
+        self._num_in_flight -= bool(batch.rows)
         drawn = {row.seq_id: row for row in sampled}
         now = self._clock()
         progress = []
@@ -330,37 +337,33 @@ class Scheduler:
         return progress
 
     def _note_computed(self, request: Request, row: ScheduledRow) -> None:
-        before = row.num_computed_tokens
-        after = before + row.num_scheduled_tokens
-        high_water = request.high_water_tokens
-        if before < high_water:
-            self.counters.num_recomputed_tokens += min(after, high_water) - before
-        if after > high_water:
-            request.high_water_tokens = after
-        if before < request.num_prompt_tokens:
-            self.counters.num_prompt_tokens += min(after, request.num_prompt_tokens) - before
+        before, after = row.num_computed_tokens, row.num_tokens_after
+        self.counters.count_computed(request, before, after)
         if request.block_ids is not row.block_ids:
             return  # preempted since: the blocks that the row wrote are gone
         if after % self._block_size < row.num_scheduled_tokens:  # it has filled a block
             self._held.publish(request, after)
         if request.held_siblings and after >= request.num_prompt_tokens:
             self._fork_siblings(request)
+        if after >= request.passes_next_at:  # siblings see one token more than the leader's next, so they come first
+            self._held.pass_window(request, after)
 
     def _fork_siblings(self, leader: Request) -> None:
         """Start the other samples from the leader's prompt blocks.
 
         Each recomputes only the last prompt token, to draw its first token from those logits; writing that token's
-        K/V is what makes a partial last block split (copy-on-write). Without a seat a sample queues like any other.
+        K/V is what makes a partial last block split (copy-on-write). Without a seat a sample queues like any other, and
+        so it does where the leader's window has passed: it was preempted, and found more than the prompt in the cache.
         """
         shared = leader.num_prompt_tokens - 1
         for sibling in self._take_held(leader):
             sibling.block_hashes.take_over(leader.block_hashes, shared)
             sibling.num_cached_tokens = leader.num_cached_tokens
-            if len(self.running) >= self.max_num_running:
+            if no_seat := len(self.running) >= self.max_num_running:
                 self._admission_stop = AdmissionStop.CAPACITY
+            if no_seat or not self._held.fork(leader, sibling, shared):
                 self.waiting.push(sibling)
                 continue
-            self._held.fork(leader, sibling, shared)
             sibling.scheduled_time = leader.scheduled_time
             sibling.status = RequestStatus.RUNNING
             self.running.append(sibling)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -40,11 +41,16 @@ def capacity_lines(ready: EngineReady) -> list[str]:
     return [
         f"           {ready.architecture}, {ready.dtype} on {ready.device}, {ready.backend} backend, "
         f"weights {size_text(ready.weight_bytes)}",
-        f"  K/V pool {size_text(ready.kv_cache_bytes)}: {ready.num_blocks} blocks of {ready.block_size} tokens, "
-        f"prefix cache {cache}",
+        f"  K/V pool {size_text(ready.kv_cache_bytes)}: {blocks_text(ready.pool_blocks)} blocks of "
+        f"{ready.block_size} tokens, prefix cache {cache}",
         f"  limits   {ready.max_model_len} tokens per sequence, {ready.max_num_seqs} sequences at once, "
         f"{ready.max_num_batched_tokens} tokens per step",
     ]
+
+
+def blocks_text(pool_blocks: Sequence[int]) -> str:
+    """Layers with a window have a pool of their own."""
+    return " + ".join(map(str, pool_blocks))
 
 
 def _curl(url: str, name: str, needs_key: bool) -> list[str]:

@@ -51,7 +51,7 @@ GAUGES: Mapping[str, Family] = {
     "num_requests_waiting_by_reason": Family(
         "Waiting sequences by what they wait for: seats or blocks, or only a step.", "reason", ("capacity", "deferred")
     ),
-    "kv_cache_usage_perc": Family("Share of the KV blocks in use, 0 to 1."),
+    "kv_cache_usage_perc": Family("Share of the KV blocks in use, 0 to 1, in the fullest pool."),
     "kv_blocks": Family("KV blocks by state.", "state", ("free", "cached", "active", "shared")),
     "kv_cache_bytes": Family("Size of the KV pool."),
     "model_weights_bytes": Family("Size of the weights as the engine holds them."),

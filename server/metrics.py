@@ -173,7 +173,7 @@ class Metrics:
         blocks["shared"].set(stats.num_shared_blocks)
         self._set("num_requests_running", stats.num_running)
         self._set("num_requests_waiting", stats.num_waiting)
-        self._set("kv_cache_usage_perc", num_active / stats.num_blocks if stats.num_blocks else 0.0)
+        self._set("kv_cache_usage_perc", stats.block_usage)
 
     def _show_engine(self) -> None:
         client = self._client

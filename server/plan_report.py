@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..model.memory import DEFAULT_BATCHED_TOKENS
-from ..model.plan import DtypePlan, Limit, ModelPlan
+from ..model.plan import DtypePlan, Limit, ModelPlan, PlanRequest
 from ..model.registry import family_note
 from ..model.sizes import size_text
-from .banner import capacity_lines
+from .banner import blocks_text, capacity_lines
 from .engine.messages import EngineReady
 from .options import OPTIONS
 
@@ -36,6 +36,7 @@ def expected_ready(plan: ModelPlan, values: Mapping[str, Any]) -> EngineReady:
         max_num_batched_tokens=request.max_num_batched_tokens,
         block_size=request.block_size,
         num_blocks=plan.chosen.num_blocks,
+        pool_blocks=plan.chosen.pool_blocks,
         kv_cache_bytes=plan.cache.kv_cache_bytes,
         weight_bytes=plan.chosen.weight_bytes,
         vocab_size=spec.vocab_size,
@@ -118,7 +119,7 @@ def _window_notes(plan: ModelPlan) -> list[str]:
     if not plan.header.kv_layout.is_windowed:
         return []
     return [
-        "blocks are of all layers; windowed ones need no more than their window, so sequences can be longer than that"
+        "windowed layers have pools of their own and give back what has left the window, so sequences can be longer"
     ]
 
 
@@ -148,14 +149,14 @@ def _dtype_table(plan: ModelPlan) -> Table:
     table = _table("")
     for dtype_plan in plan.by_dtype:
         table.add_column(dtype_plan.name, justify="right")
-    concurrency = plan.concurrency
+    concurrency, request = plan.concurrency, plan.request
     sequences = "1 sequence" if concurrency == 1 else f"{concurrency} sequences"
     rows: list[tuple[str, list[str]]] = [
         ("weights", [size_text(p.weight_bytes) for p in plan.by_dtype]),
         ("K/V of a token", [_kib(p.kv_bytes_per_token) for p in plan.by_dtype]),
         ("K/V pool", [_NO if p.cache is None else size_text(p.cache.kv_cache_bytes) for p in plan.by_dtype]),
-        ("blocks", [_count(p, p.num_blocks) for p in plan.by_dtype]),
-        ("tokens in the pool", [_count(p, p.num_blocks * plan.request.block_size) for p in plan.by_dtype]),
+        ("blocks", [_NO if p.cache is None else blocks_text(p.pool_blocks) for p in plan.by_dtype]),
+        ("tokens in the pool", [_NO if p.cache is None else str(_num_tokens(p, request)) for p in plan.by_dtype]),
         (f"longest context of {sequences}", [_limit(p.longest_context) for p in plan.by_dtype]),
         (f"most sequences of {plan.context} tokens", [_limit(p.most_sequences) for p in plan.by_dtype]),
     ]
@@ -164,8 +165,9 @@ def _dtype_table(plan: ModelPlan) -> Table:
     return table
 
 
-def _count(plan: DtypePlan, number: int) -> str:
-    return _NO if plan.cache is None else str(number)
+def _num_tokens(plan: DtypePlan, request: PlanRequest) -> int:
+    """Whose K/V the pool holds that keeps the most of each: the first."""
+    return plan.pool_blocks[0] * request.block_size
 
 
 def _limit(limit: Limit) -> str:
@@ -239,6 +241,7 @@ def to_json(plan: ModelPlan, values: Mapping[str, Any], notes: Sequence[str] = (
             "weight_bytes": ready.weight_bytes,
             "kv_cache_bytes": ready.kv_cache_bytes,
             "num_blocks": ready.num_blocks,
+            "pool_blocks": ready.pool_blocks,
             "block_size": ready.block_size,
             "max_model_len": ready.max_model_len,
             "max_num_seqs": ready.max_num_seqs,
@@ -247,7 +250,7 @@ def to_json(plan: ModelPlan, values: Mapping[str, Any], notes: Sequence[str] = (
             "command": None if plan.header.refusal is not None else serve_command(plan, values),
         },
         "asked": {"context": plan.context, "concurrency": plan.concurrency, "fits": plan.fits},
-        "dtypes": [_dtype_json(dtype_plan, request.block_size) for dtype_plan in plan.by_dtype],
+        "dtypes": [_dtype_json(dtype_plan, request) for dtype_plan in plan.by_dtype],
         "contexts": [
             {
                 "context": column.context,
@@ -284,14 +287,15 @@ def _model_json(plan: ModelPlan) -> dict[str, Any]:
     }
 
 
-def _dtype_json(plan: DtypePlan, block_size: int) -> dict[str, Any]:
+def _dtype_json(plan: DtypePlan, request: PlanRequest) -> dict[str, Any]:
     return {
         "dtype": plan.name,
         "weight_bytes": plan.weight_bytes,
         "kv_bytes_per_token": plan.kv_bytes_per_token,
         "kv_cache_bytes": None if plan.cache is None else plan.cache.kv_cache_bytes,
         "num_blocks": None if plan.cache is None else plan.num_blocks,
-        "num_tokens": None if plan.cache is None else plan.num_blocks * block_size,
+        "pool_blocks": plan.pool_blocks,
+        "num_tokens": None if plan.cache is None else _num_tokens(plan, request),
         "max_model_len": None if plan.cache is None else plan.cache.max_model_len,
         "longest_context": {"value": plan.longest_context.value, "limited_by": plan.longest_context.by},
         "most_sequences": {"value": plan.most_sequences.value, "limited_by": plan.most_sequences.by},

@@ -40,13 +40,14 @@ class StepBench:
                 f"the smallest of these steps needs {needed / 2**30:.2f} GiB of K/V, and "
                 f"{self.budget_bytes / 2**30:.2f} GiB can be had; give a smaller --batch or --context, or free memory"
             )
-        self.runner.allocate_cache(
+        plan = self.runner.allocate_cache(
             kv_cache_memory=max(self.pool_bytes(shape) for shape in self.fitting),
             max_num_seqs=max(shape.num_rows for shape in self.fitting),
             max_model_len=max(shape.num_context + shape.num_new for shape in self.fitting),
             max_num_batched_tokens=max(shape.num_tokens for shape in self.fitting),
         )
-        self._fill_pool()
+        self._pools = plan.pools
+        self._fill_pools()
 
     def pool_bytes(self, shape: StepShape) -> int:
         """Of the pool that a step needs; block 0 included, and at least as much as the runner accepts."""
@@ -62,9 +63,7 @@ class StepBench:
     def _batch(self, shape: StepShape) -> ScheduledBatch:
         """Rows own different blocks, scattered as in a pool that has been used: each K/V really is read."""
         rng = random.Random(0)
-        block_ids = list(range(1, self.runner.kv_pool.shape[1]))
-        rng.shuffle(block_ids)
-        blocks_per_row = self._blocks_per_row(shape)
+        shuffled = [rng.sample(range(1, pool.num_blocks), pool.num_blocks - 1) for pool in self._pools]
         num_tokens = shape.num_context + shape.num_new
         rows = [
             ScheduledRow(
@@ -73,7 +72,9 @@ class StepBench:
                 num_prompt_tokens=num_tokens,
                 num_computed_tokens=shape.num_context,
                 num_scheduled_tokens=shape.num_new,
-                block_ids=(block_ids[index * blocks_per_row : (index + 1) * blocks_per_row],),
+                block_ids=tuple(
+                    self._table(shape, index, pool.window, ids) for pool, ids in zip(self._pools, shuffled, strict=True)
+                ),
                 params=_GREEDY,
                 seed=0,
             )
@@ -81,12 +82,18 @@ class StepBench:
         ]
         return ScheduledBatch(rows, num_decode_rows=shape.num_rows if shape.num_new == 1 else 0)
 
+    def _table(self, shape: StepShape, index: int, window: int | None, ids: Sequence[int]) -> list[int]:
+        """A row's blocks; block 0 where its window has passed."""
+        num_passed = 0 if window is None else max(0, shape.num_context + 1 - window) // self.runner.block_size
+        num_held = self._blocks_per_row(shape) - num_passed
+        return [0] * num_passed + [ids[place % len(ids)] for place in range(index * num_held, (index + 1) * num_held)]
+
     def _blocks_per_row(self, shape: StepShape) -> int:
         return -(-(shape.num_context + shape.num_new) // self.runner.block_size)
 
-    def _fill_pool(self) -> None:
+    def _fill_pools(self) -> None:
         """The same noise in every block. Zeros would cost the same, but an untouched pool is not yet memory at all."""
-        pool = self.runner.kv_pool  # [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]
-        generator = torch.Generator(pool.device).manual_seed(0)
-        noise = torch.randn(pool[:, :1].shape, device=pool.device, generator=generator)
-        pool.copy_((noise * _NOISE_SCALE).to(pool.dtype).expand_as(pool))
+        for pool in self.runner.kv_pools:  # [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]
+            generator = torch.Generator(pool.device).manual_seed(0)
+            noise = torch.randn(pool[:, :1].shape, device=pool.device, generator=generator)
+            pool.copy_((noise * _NOISE_SCALE).to(pool.dtype).expand_as(pool))

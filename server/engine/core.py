@@ -135,17 +135,18 @@ class EngineCore:
         """Gauges as they are, counters since the last call."""
         now, before = copy.copy(self.scheduler.counters), self._reported
         self._reported = now
-        pool = self.scheduler.blocks.pool
-        num_evicted, self._num_evicted_reported = pool.num_evicted - self._num_evicted_reported, pool.num_evicted
+        blocks = self.scheduler.blocks.counts()
+        num_evicted, self._num_evicted_reported = blocks.num_evicted - self._num_evicted_reported, blocks.num_evicted
         emit_seconds, self._emit_seconds = self._emit_seconds, 0.0
         return StepStats(
             num_running=len(self.scheduler.running),
             num_waiting=self.scheduler.num_waiting,
             num_waiting_deferred=self.scheduler.waiting_counts.num_deferred,
-            num_blocks=pool.num_usable,
-            num_free_blocks=pool.num_free,
-            num_cached_blocks=pool.num_cached_free,
-            num_shared_blocks=pool.num_shared,
+            num_blocks=blocks.num_usable,
+            num_free_blocks=blocks.num_free,
+            num_cached_blocks=blocks.num_cached_free,
+            num_shared_blocks=blocks.num_shared,
+            block_usage=blocks.usage,
             prefix_cache_queries=now.prefix_cache_queries - before.prefix_cache_queries,
             prefix_cache_hits=now.prefix_cache_hits - before.prefix_cache_hits,
             prefix_misses_new=now.prefix_misses_new - before.prefix_misses_new,

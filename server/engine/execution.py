@@ -82,18 +82,18 @@ class Execution:
             return batch, {}
         except Exception as error:
             logger.warning("copying %d blocks failed (%s)", len(batch.block_copies), one_line(error))
-        lost: dict[int, Exception] = {}
+        lost: list[tuple[BlockCopy, Exception]] = []
         for copy in batch.block_copies:
             try:
                 self.runner.copy_blocks([copy])
             except Exception as error:
-                lost[copy.target] = error
+                lost.append((copy, error))
         rows = []
         failed: dict[str, Exception] = {}
         for row in batch.rows:
-            targets = [block_id for table in row.block_ids for block_id in table if block_id in lost]
-            if targets:
-                failed[row.seq_id] = lost[targets[0]]
+            errors = [error for copy, error in lost if copy.target in row.block_ids[copy.group]]
+            if errors:
+                failed[row.seq_id] = errors[0]
             else:
                 rows.append(row)
         num_decode_rows = sum(row.num_scheduled_tokens == 1 for row in rows)

@@ -97,6 +97,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Free blocks that still hold a reusable prefix."""
     num_shared_blocks: int = 0
     """Blocks in more than one table."""
+    block_usage: float = 0.0
+    """Share of the fullest layer group's blocks that are in tables; of all blocks, where there is one group."""
     prefix_cache_queries: int = 0
     """In tokens; readmissions after a preemption are not counted."""
     prefix_cache_hits: int = 0
@@ -139,6 +141,9 @@ class EngineReady(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     max_num_batched_tokens: int
     block_size: int
     num_blocks: int
+    """Of all pools together."""
+    pool_blocks: list[int]
+    """Of each layer group's pool: layers that keep everything first, then those with a window."""
     kv_cache_bytes: int
     weight_bytes: int
     vocab_size: int

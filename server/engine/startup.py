@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from ...model.runner import ModelRunner
 from ...scheduler.batch import ScheduledBatch, ScheduledRow
+from ...scheduler.config import PoolConfig
 from ...scheduler.sampling_params import SamplingParams
 from ...scheduler.scheduler import Scheduler
 from ..config import EngineConfig
@@ -38,7 +39,7 @@ def build_engine(
     scheduler = Scheduler(
         config.scheduler,
         config.cache,
-        num_blocks=plan.num_blocks,
+        pools=[PoolConfig(pool.num_blocks, pool.window) for pool in plan.pools],
         max_model_len=plan.max_model_len,
         max_num_batched_tokens=budget,
         eos_token_ids=runner.spec.eos_token_ids,
@@ -53,7 +54,8 @@ def build_engine(
         max_num_waiting=config.scheduler.max_num_waiting,
         max_num_batched_tokens=budget,
         block_size=config.cache.block_size,
-        num_blocks=scheduler.blocks.pool.num_usable,
+        num_blocks=plan.num_usable_blocks,
+        pool_blocks=plan.usable_blocks,
         kv_cache_bytes=plan.kv_cache_bytes,
         weight_bytes=runner.weight_bytes,
         vocab_size=runner.spec.vocab_size,
@@ -75,7 +77,8 @@ def _warm_up(runner: ModelRunner) -> None:
     params = SamplingParams(temperature=1.0, top_p=0.9)
     for num_computed, num_tokens in ((0, 4), (4, 5)):
         row = ScheduledRow(
-            "warm-up/0", [0] * num_tokens, num_tokens, num_computed, num_tokens - num_computed, ([0],), params, 0
-        )
+            "warm-up/0", [0] * num_tokens, num_tokens, num_computed, num_tokens - num_computed,
+            ([0],) * runner.num_groups, params, 0,
+        )  # fmt: skip
         runner.execute(ScheduledBatch([row], num_decode_rows=int(num_tokens - num_computed == 1)))
     runner.release(["warm-up/0"])

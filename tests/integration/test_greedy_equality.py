@@ -152,7 +152,7 @@ def test_greedy_tokens_equal_transformers(case: str, references: list[Reference]
     assert (counters.num_preemptions > 0) == ("pool_tokens" in settings)
     assert (counters.prefix_cache_hits > 0) == bool(settings.get("caching", True))
     core.idle()
-    assert core.scheduler.blocks.pool.num_free == ready.num_blocks
+    assert core.scheduler.blocks.counts().num_free == ready.num_blocks
 
 
 def run(client: InlineClient, references: list[Reference]) -> list[list[int]]:

@@ -18,7 +18,7 @@ from octavo.server.commands.plan import plan_request
 from octavo.server.engine.startup import build_engine
 from octavo.server.options import resolve_options, server_config
 from octavo.server.plan_report import expected_ready, serve_command
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 if TYPE_CHECKING:
     from conftest import ServerProcess  # type: ignore[import-not-found]
@@ -85,6 +85,26 @@ def test_an_engine_started_as_printed_says_what_was_planned(
     notes = [note for note in expected.notes if note.startswith("plain torch")]
     assert msgspec.structs.replace(ready, phases={}) == msgspec.structs.replace(expected, notes=notes)
     assert capacity_lines(ready) == capacity_lines(expected)
+
+
+@pytest.mark.parametrize("kv_cache_memory", ["1MiB", "64MiB"])
+def test_pools_of_windowed_layers_are_planned_as_they_are_served(tmp_path: Path, kv_cache_memory: str) -> None:
+    """Gemma 3: some layers have a window, and a context is many times as long."""
+    config = Gemma3TextConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, sliding_window=40, pad_token_id=0,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path)
+    settings = {"device": "cpu", "dtype": "float32", "kv_cache_memory": kv_cache_memory, "max_num_seqs": "3"}
+    expected, command = planned(str(tmp_path), **settings)
+    ready = started(command)
+    assert capacity_lines(ready) == capacity_lines(expected)
+    assert ready.pool_blocks == expected.pool_blocks
+    full, windowed = ready.pool_blocks
+    assert windowed < full or kv_cache_memory == "1MiB"
+    assert ready.max_model_len > 40
 
 
 def test_a_config_alone_plans_what_its_engine_says(tmp_path: Path) -> None:

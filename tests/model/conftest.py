@@ -187,6 +187,11 @@ def make_source(llama_config: Callable[..., LlamaConfig]) -> Callable[..., Memor
     return make
 
 
+@pytest.fixture
+def memory_source() -> Callable[[ModelSpec, dict[str, torch.Tensor]], MemorySource]:
+    return MemorySource
+
+
 def _oracle(config: LlamaConfig) -> TransformersLlama:
     torch.manual_seed(0)
     oracle = TransformersLlama(config).eval()
@@ -217,7 +222,7 @@ def tiny_model(llama_config: Callable[..., LlamaConfig]) -> Callable[..., TinyMo
             max_num_batched_tokens=2048,
         )
         rng = random.Random(seed)
-        free_blocks = list(range(1, plan.num_blocks))
+        free_blocks = list(range(1, plan.pools[0].num_blocks))
         rng.shuffle(free_blocks)
         return TinyModel(oracle.to(runner.backend.dtype), runner, plan, rng, free_blocks)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from octavo.model import memory
-from octavo.model.kv_cache import allocate_pool, bytes_per_block
-from octavo.model.memory import CacheRequest, is_out_of_memory, plan_cache
+from octavo.model.kv_cache import allocate_pools, bytes_per_block, layers_of
+from octavo.model.memory import CachePlan, CacheRequest, PoolPlan, is_out_of_memory, plan_cache
 from octavo.model.spec import ModelError, ModelSpec, RopeSpec
 
 CPU = torch.device("cpu")
@@ -47,20 +47,21 @@ def test_bytes_per_block_counts_keys_and_values_of_all_layers():
 
 def test_a_given_memory_is_used_in_full():
     plan = plan_cache(SPEC, request(kv_cache_memory=100 * BLOCK_BYTES + 7), CPU)
-    assert (plan.num_blocks, plan.max_model_len, plan.kv_cache_bytes) == (100, 1024, 100 * BLOCK_BYTES)
+    assert (plan.usable_blocks, plan.max_model_len, plan.kv_cache_bytes) == ([99], 1024, 100 * BLOCK_BYTES)
     assert plan.notes == ()
 
 
 def test_a_given_memory_is_not_capped_by_what_the_sequences_can_use():
     """Blocks beyond that still serve the prefix cache."""
     plan = plan_cache(SPEC, request(kv_cache_memory=2000 * BLOCK_BYTES), CPU)
-    assert plan.num_blocks == 2000 > 8 * 64 + 1
+    assert plan.usable_blocks == [1999]
+    assert 1999 > 8 * 64
 
 
 def test_no_more_of_the_free_memory_is_taken_than_the_sequences_can_use(monkeypatch):
     monkeypatch.setattr(memory, "available_cpu_bytes", lambda: 10**12)
-    assert plan_cache(SPEC, request(), CPU).num_blocks == 8 * 64 + 1
-    assert plan_cache(SPEC, request(max_model_len=17), CPU).num_blocks == 8 * 2 + 1
+    assert plan_cache(SPEC, request(), CPU).usable_blocks == [8 * 64]
+    assert plan_cache(SPEC, request(max_model_len=17), CPU).usable_blocks == [8 * 2]
 
 
 def test_more_than_the_free_memory_is_refused(monkeypatch):
@@ -116,7 +117,7 @@ def test_a_pool_too_small_to_serve_says_how_much_is_needed():
     with pytest.raises(ModelError, match=r"give at least 0\.1 MiB"):
         plan_cache(SPEC, request(kv_cache_memory=4 * BLOCK_BYTES), CPU)
     plan = plan_cache(SPEC, request(kv_cache_memory=2 * BLOCK_BYTES, max_model_len=16), CPU)
-    assert plan.num_blocks == 2
+    assert plan.usable_blocks == [1]
 
 
 def test_too_little_free_memory_says_what_to_change(monkeypatch):
@@ -157,9 +158,13 @@ def test_version_1_control_groups_count(tmp_path: Path):
     assert memory._cgroup_available(tmp_path) == 650
 
 
+def pools_of(*num_blocks: int) -> CachePlan:
+    return CachePlan(tuple(PoolPlan(count, None) for count in num_blocks), 100, 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_pools_are_zero_aligned_and_laid_out_as_promised(dtype):
-    pool = allocate_pool(SPEC, 5, 32, dtype, CPU)
+    (pool,) = allocate_pools(SPEC, pools_of(5), 32, dtype, CPU)
     assert pool.shape == (3, 5, 2, 2, 32, 16)
     assert pool.dtype is dtype
     assert pool.is_contiguous()
@@ -170,6 +175,17 @@ def test_pools_are_zero_aligned_and_laid_out_as_promised(dtype):
 def test_a_large_pool_costs_nothing_until_it_is_used():
     """32 GiB of zeros: more than many a machine has, and none of it touched."""
     before = memory.psutil.Process().memory_info().rss
-    pool = allocate_pool(SPEC, 2**32 // BLOCK_BYTES, 16, torch.float32, CPU)
+    (pool,) = allocate_pools(SPEC, pools_of(2**32 // BLOCK_BYTES), 16, torch.float32, CPU)
     assert memory.psutil.Process().memory_info().rss - before < 2**28
     assert pool[0, 0, 0, 0, 0, 0] == 0
+
+
+def test_each_layer_finds_its_part_of_its_group_s_pool():
+    """Layers 0 and 2 have a window, layer 1 has none: its pool comes first."""
+    spec = dataclasses.replace(SPEC, windows=(32, 0, 32))
+    pools = allocate_pools(spec, pools_of(5, 7), 16, torch.float32, CPU)
+    assert [tuple(pool.shape) for pool in pools] == [(1, 5, 2, 2, 16, 16), (2, 7, 2, 2, 16, 16)]
+    for group, pool in enumerate(pools):
+        for index, layer in enumerate(pool):
+            layer.fill_(10 * group + index)
+    assert [int(layer[0, 0, 0, 0, 0]) for layer in layers_of(spec, pools)] == [10, 0, 11]

@@ -39,12 +39,10 @@ def sampler() -> WatchedSampler:
 @pytest.fixture
 def ahead(sampler: WatchedSampler) -> DecodeAhead:
     """The captured step leaves the logits of row r at their highest for token r, and draws token 10 + r."""
-    model: Any = SimpleNamespace(
-        layer_groups=(LayerGroup(AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=1, scale=1.0), (0,)),)
-    )
+    model: Any = SimpleNamespace(layer_groups=(LayerGroup(AttentionSpec(1, 1, 1, scale=1.0), (0,)),))
     backend: Any = SimpleNamespace(dtype=torch.float32, decode_workspace=lambda *_: None)
-    pool = torch.zeros(1, 1, 2, 1, 16, 1)
-    ahead = DecodeAhead(model, backend, sampler, pool, max_num_seqs=4, max_model_len=64, vocab_size=VOCAB)
+    kv_layers = [torch.zeros(1, 2, 1, 16, 1)]
+    ahead = DecodeAhead(model, backend, sampler, kv_layers, max_num_seqs=4, max_model_len=64, vocab_size=VOCAB)
 
     def run(shape: object) -> None:
         ahead._graphs.step.logits(4).copy_(torch.eye(4, VOCAB))

@@ -20,7 +20,7 @@ def row(
 def known_table(slots: DeviceSlots, rows: list[ScheduledRow]) -> list[list[int]]:
     places = slots.update(rows)
     return [
-        slots.block_tables[slot, : len(one.block_ids[0])].tolist()
+        slots.block_tables[0, slot, : len(one.block_ids[0])].tolist()
         for slot, one in zip(places.tolist(), rows, strict=True)
     ]
 
@@ -65,4 +65,20 @@ def test_padding_has_a_slot_of_its_own() -> None:
     slots = DeviceSlots(2, 8, BLOCK, torch.device("cpu"))
     taken = slots.update([row("a", [1], 0), row("b", [2], 0)]).tolist()
     assert slots.padding_slot not in taken
-    assert slots.block_tables[slots.padding_slot].tolist() == [0] * 8
+    assert slots.block_tables[0, slots.padding_slot].tolist() == [0] * 8
+
+
+def test_each_layer_group_has_tables_of_its_own_and_windows_pass() -> None:
+    slots = DeviceSlots(2, 8, BLOCK, torch.device("cpu"), num_groups=2)
+    full, windowed = [1, 2, 3], [7, 8, 9]
+    step = ScheduledRow("a", [5] * 60, 1, 40, 1, (full, windowed), SamplingParams(), 0)
+    other = ScheduledRow("b", [5] * 60, 1, 3, 1, ([4], [5]), SamplingParams(), 0)
+    places = slots.update([other, step]).tolist()
+    assert slots.block_tables[:, places[1], :4].tolist() == [[1, 2, 3, 0], [7, 8, 9, 0]]
+    assert slots.block_tables[:, places[0], :2].tolist() == [[4, 0], [5, 0]]
+    windowed[:] = [0, 8, 6, 9]  # a copy on write of block 2, a new one, and the window has passed the first
+    full.append(4)
+    step = ScheduledRow("a", [5] * 60, 1, 48, 1, (full, windowed), SamplingParams(), 0)
+    slots.update([step])
+    assert slots.block_tables[0, places[1], :4].tolist() == [1, 2, 3, 4]
+    assert slots.block_tables[1, places[1], 2:4].tolist() == [6, 9]

@@ -92,8 +92,8 @@ def test_the_pool_leaves_what_the_largest_step_took(checkpoint, monkeypatch, kep
     on_device(monkeypatch, fake, free_bytes=40 * MIB)
     made, plan = allocate(checkpoint)
     # 8 % of the whole device are left to libraries.
-    assert plan.num_blocks == int((40 - 8 - 5) * MIB) // BLOCK_BYTES
-    assert made.kv_pool.shape[1] == plan.num_blocks
+    assert plan.pools[0].num_blocks == int((40 - 8 - 5) * MIB) // BLOCK_BYTES
+    assert made.kv_pools[0].shape[1] == plan.pools[0].num_blocks
     assert [batch.num_tokens for batch in fake.batches] == [300, 300, 300]
 
 
@@ -103,7 +103,7 @@ def test_the_real_step_runs_before_the_pool_is_there_and_leaves_nothing_behind(c
     on_device(monkeypatch, fake, free_bytes=40 * MIB)
     made, plan = allocate(checkpoint, backend, max_num_seqs=3, max_num_batched_tokens=40)
     assert max(row.num_tokens for batch in fake.batches for row in batch.rows) == 256 == plan.max_model_len
-    assert not made.kv_pool.any()
+    assert not made.kv_pools[0].any()
     prompt = list(range(3, 40))
     row = ScheduledRow(
         "largest/0", prompt, len(prompt), 0, len(prompt), ([1, 2, 3],), fake.batches[0].rows[0].params, 1
@@ -124,7 +124,7 @@ def test_a_given_pool_is_not_measured(checkpoint, monkeypatch):
     fake = FakeMemory(step_bytes=MIB)
     on_device(monkeypatch, fake, free_bytes=40 * MIB)
     _, plan = allocate(checkpoint, kv_cache_memory=20 * BLOCK_BYTES)
-    assert plan.num_blocks == 20
+    assert plan.pools[0].num_blocks == 20
     assert not fake.batches
 
 
@@ -151,7 +151,7 @@ def test_a_step_that_does_not_fit_at_all_says_what_to_change(checkpoint, monkeyp
 )
 def test_no_step_is_larger(num_seqs, budget, longest, block):
     mixed, *decodes = largest_batches(
-        max_num_seqs=num_seqs, max_num_batched_tokens=budget, max_model_len=longest, block_size=block
+        max_num_seqs=num_seqs, max_num_batched_tokens=budget, max_model_len=longest, block_size=block, num_groups=2
     )
     assert mixed.num_tokens == min(budget, num_seqs * longest)
     assert len(mixed.rows) == min(num_seqs, budget)
@@ -161,7 +161,8 @@ def test_no_step_is_larger(num_seqs, budget, longest, block):
             row.num_scheduled_tokens > 1 for row in batch.rows
         )
         assert max(row.num_tokens for row in batch.rows) == longest
-        assert all(len(row.block_ids[0]) * block >= row.num_tokens for row in batch.rows)
+        assert all(len(ids) * block >= row.num_tokens for row in batch.rows for ids in row.block_ids)
+        assert all(len(row.block_ids) == 2 for row in batch.rows)
     assert [batch.num_decode_rows for batch in decodes] == [len(mixed.rows)] * 2
 
 

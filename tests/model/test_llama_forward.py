@@ -105,7 +105,7 @@ def test_bfloat16_stays_close_to_transformers(tiny_model, make_batch):
 def test_what_other_slots_hold_never_leaks(tiny_model, make_batch):
     """Poison everything, block 0 included, that no sequence has written."""
     model = tiny_model()
-    pool = model.runner.kv_pool
+    (pool,) = model.runner.kv_pools
     for poison in (float("nan"), float("inf")):
         pool.fill_(poison)
         sequences = [model.sequence(n) for n in (3, 40, 17)]
@@ -122,7 +122,7 @@ def test_a_nan_sequence_spares_its_neighbours(tiny_model, make_batch):
     model = tiny_model()
     sick, well, long = (model.sequence(n) for n in (20, 21, 60))
     model.runner.execute(make_batch(prefill=[s.row() for s in (sick, well, long)]))
-    model.runner.kv_pool[:, sick.block_ids[0]] = float("nan")
+    model.runner.kv_pools[0][:, sick.block_ids[0]] = float("nan")
     for sequence in (sick, well, long):
         sequence.token_ids.append(5)
     batch = make_batch([s.row() for s in (sick, well, long)])

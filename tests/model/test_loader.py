@@ -107,7 +107,7 @@ def test_unknown_kernel_backend_is_a_model_error(make_source):
 def test_a_batch_before_the_pool_is_a_programming_error(make_source):
     runner = ModelRunner(ModelConfig(path="", device="cpu", dtype="float32"), block_size=16, source=make_source())
     with pytest.raises(RuntimeError, match="allocate_cache"):
-        _ = runner.kv_pool
+        _ = runner.kv_pools
 
 
 def small_runner(make_source, **changes):
@@ -121,7 +121,7 @@ def allocate(runner, **changes):
     return runner.allocate_cache(**(settings | changes))
 
 
-@pytest.mark.parametrize("place", ["load_model", "allocate_pool"])
+@pytest.mark.parametrize("place", ["load_model", "allocate_pools"])
 def test_failed_allocations_are_one_line_that_says_what_to_change(make_source, monkeypatch, place):
     def fail(*args):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory:\nyou tried to allocate 99 bytes")

@@ -86,7 +86,7 @@ def test_a_token_of_llama_3_1_8b_takes_128_kib_in_bfloat16() -> None:
     per_token = {dtype_plan.name: dtype_plan.kv_bytes_per_token for dtype_plan in plan.by_dtype}
     assert per_token == {"float32": 256 * 2**10, "bfloat16": 128 * 2**10, "float16": 128 * 2**10}
     assert plan.chosen.weight_bytes == 2 * 8_030_261_248
-    assert plan.cache.kv_cache_bytes == plan.cache.num_blocks * 32 * 128 * 2**10
+    assert plan.cache.kv_cache_bytes == (plan.chosen.num_blocks + 1) * 32 * 128 * 2**10
 
 
 def test_a_token_of_smollm2_takes_22_and_a_half_kib_in_bfloat16() -> None:
@@ -97,7 +97,7 @@ def test_a_token_of_smollm2_takes_22_and_a_half_kib_in_bfloat16() -> None:
 def test_a_given_pool_is_divided_by_hand() -> None:
     """4 GiB of blocks of 4 MiB: 1024 blocks, one of them nobody's."""
     plan = plan_model(make_header(make_spec()), make_request(kv_cache_memory=4 * GIB, context=8192, concurrency=2))
-    assert (plan.cache.num_blocks, plan.chosen.num_blocks) == (1024, 1023)
+    assert plan.chosen.pool_blocks == [1023]
     assert plan.cache.max_model_len == 1023 * 32
     assert plan.chosen.most_sequences.value == 1023 // 256 == 3
     assert plan.chosen.longest_context.value == 1023 // 2 * 32
@@ -109,8 +109,8 @@ def test_gemma_3_270m_keeps_windows() -> None:
     """15 layers with a window of 512, 3 that see everything, one K/V head of 256 each."""
     windowed, full = KvLayer(1, 256, 256, 512), KvLayer(1, 256, 256)
     layout = group_layers([full if index % 6 == 5 else windowed for index in range(18)])
-    assert [(len(group.layer_ids), group.layer.window) for group in layout.groups] == [(15, 512), (3, None)]
-    assert layout.groups[1].layer_ids == (5, 11, 17)
+    assert [(len(group.layer_ids), group.layer.window) for group in layout.groups] == [(3, None), (15, 512)]
+    assert layout.groups[0].layer_ids == (5, 11, 17)
     per_layer = 2 * 256 * 2  # K and V of a token in bytes of bfloat16
     assert layout.block_bytes(1, 2) == 18 * per_layer
     # Within the window everything is kept; beyond it 512 tokens are 16 blocks, and one more.
@@ -128,8 +128,9 @@ def test_windows_let_more_sequences_fit() -> None:
     few = plan_model(make_header(spec, plain, 10**6), request).chosen.most_sequences.value
     many = plan_model(make_header(spec, windowed, 10**6), request).chosen.most_sequences.value
     assert few == (4 * GIB // (16384 * 32) - 1) // 2048 == 3
-    # In units of one layer's block: 2048 of the full layer, 33 of each windowed one.
-    assert many == (4 * GIB // (16384 * 32) - 1) * 4 // (2048 + 3 * 33) == 15
+    # In units of one layer's block: 2048 of the full layer, 33 of each windowed one, which also holds a step's 256;
+    # block 0 of each is nobody's.
+    assert many == (4 * GIB // (4096 * 32) - 1 - 3 * (256 + 1)) // (2048 + 3 * 33) == 14
 
 
 @pytest.mark.parametrize("concurrency", [1, 3, 40])
@@ -254,7 +255,7 @@ def test_answers_fit_and_one_more_does_not(
         plan = plan_model(header, request)
     except ModelError:
         return  # nothing is served in so little
-    layout, itemsize = header.kv_layout, dtype.itemsize
+    layout = header.kv_layout
 
     def holds(num_seqs: int, context: int) -> bool:
         if num_seqs > 512:
@@ -263,10 +264,15 @@ def test_answers_fit_and_one_more_does_not(
             cache = fit(header, plan, max_num_seqs=num_seqs, max_model_len=context)
         except ModelError:
             return False
-        usable = (cache.num_blocks - 1) * layout.block_bytes(block_size, itemsize)
-        return (
-            cache.max_model_len == context and num_seqs * layout.sequence_bytes(context, block_size, itemsize) <= usable
-        )
+        blocks = -(-context // block_size)
+        for group, usable in zip(layout.groups, cache.usable_blocks, strict=True):
+            needed = num_seqs * blocks
+            if group.layer.window is not None:
+                steady = min(blocks, -(-group.layer.window // block_size) + 1)
+                needed = min(needed, num_seqs * steady + 512 // block_size)
+            if needed > usable:
+                return False
+        return cache.max_model_len == context
 
     longest, most = plan.chosen.longest_context, plan.chosen.most_sequences
     assert longest.value == 0 or holds(concurrency, longest.value)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from octavo.model.config import ModelConfig
 from octavo.model.runner import ModelRunner
-from octavo.scheduler.config import CacheConfig, SchedulerConfig
+from octavo.scheduler.config import CacheConfig, PoolConfig, SchedulerConfig
 from octavo.scheduler.sampling_params import SamplingParams
 from octavo.scheduler.scheduler import Scheduler
 from octavo.server.engine.core import EngineCore
@@ -72,7 +72,7 @@ def run(
         kv_cache_memory=num_blocks * block_bytes, max_num_seqs=8, max_model_len=64, max_num_batched_tokens=budget
     )
     scheduler = Scheduler(
-        SchedulerConfig(max_num_seqs=8), CacheConfig(block_size=BLOCK), num_blocks=plan.num_blocks,
+        SchedulerConfig(max_num_seqs=8), CacheConfig(block_size=BLOCK), pools=[PoolConfig(plan.pools[0].num_blocks)],
         max_model_len=plan.max_model_len, max_num_batched_tokens=budget, eos_token_ids=(2,),
     )  # fmt: skip
     core = EngineCore(scheduler, runner)
@@ -86,7 +86,8 @@ def run(
             assert output.error is None
             tokens.setdefault((output.request_id, output.sample_index), []).extend(output.token_ids)
     core.idle()
-    assert scheduler.blocks.pool.num_free == scheduler.blocks.pool.num_usable
+    counts = scheduler.blocks.counts()
+    assert counts.num_free == counts.num_usable
     return tokens, scheduler
 
 

@@ -6,7 +6,7 @@ import pytest
 from octavo.block_manager.check import check
 from octavo.block_manager.hashing import BlockHashes
 from octavo.scheduler.batch import SampledRow, ScheduledBatch
-from octavo.scheduler.config import CacheConfig, SchedulerConfig
+from octavo.scheduler.config import CacheConfig, PoolConfig, SchedulerConfig
 from octavo.scheduler.progress import Progress, WaitingCounts
 from octavo.scheduler.request import RequestStatus
 from octavo.scheduler.sampling_params import InvalidRequest, SamplingParams
@@ -27,7 +27,7 @@ def make(
     return Scheduler(
         SchedulerConfig(max_num_seqs=max_num_seqs, max_num_waiting=max_waiting),
         CacheConfig(block_size=block_size, enable_prefix_caching=caching),
-        num_blocks=num_blocks,
+        pools=[PoolConfig(num_blocks)],
         max_model_len=(num_blocks - 1) * block_size,
         max_num_batched_tokens=budget,
         eos_token_ids=(EOS,),
@@ -130,7 +130,7 @@ def test_samples_share_the_prompt_and_end_one_by_one() -> None:
     scheduler.add("a", list(range(6)), SamplingParams(n=3, max_tokens=3))
     step(scheduler)
     assert {request.seq_id for request in scheduler.running} == {"a/0", "a/1", "a/2"}
-    assert scheduler.blocks.pool.num_shared == 2
+    assert scheduler.blocks.counts().num_shared == 2
     batch, _ = step(scheduler)
     assert shares(batch) == {"a/0": 1, "a/1": 1, "a/2": 1}
     # The second block is partial: two of the three that write into it get a copy.
@@ -139,7 +139,7 @@ def test_samples_share_the_prompt_and_end_one_by_one() -> None:
     scheduler.abort("a", 1)
     while scheduler.has_work:
         step(scheduler)
-    assert scheduler.blocks.num_free_blocks == 64
+    assert scheduler.blocks.num_free_blocks == [64]
 
 
 def test_aborting_the_leader_lets_its_siblings_go_on() -> None:
@@ -247,7 +247,7 @@ def test_siblings_inherit_the_hash_chain_and_count_no_hits() -> None:
     scheduler = Scheduler(
         SchedulerConfig(max_num_seqs=2),
         CacheConfig(block_size=4),
-        num_blocks=65,
+        pools=[PoolConfig(65)],
         max_model_len=64,
         max_num_batched_tokens=64,
     )
@@ -436,8 +436,8 @@ def test_a_leader_that_forks_late_with_tokens_left_to_compute_writes_no_shared_b
         scheduler.update(batch, draw(batch))
     scheduler.add("b", [1], SamplingParams(max_tokens=9), priority=-1)
     assert shares(step(scheduler)[0]) == {"b/0": 1, "a/0": 10}
-    assert scheduler.blocks.pool.num_shared > 0
+    assert scheduler.blocks.counts().num_shared > 0
     batch = scheduler.schedule()
     assert shares(batch)["a/0"] == 2
     written = [row.block_ids[0][row.num_computed_tokens // 4] for row in batch.rows]
-    assert [scheduler.blocks.pool.blocks[block].ref_count for block in written] == [1] * len(written)
+    assert [scheduler.blocks.groups[0].pool.blocks[block].ref_count for block in written] == [1] * len(written)

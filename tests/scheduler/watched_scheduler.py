@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from octavo.block_manager.block import Block
 from octavo.block_manager.manager import PrefixMatch
 from octavo.scheduler.batch import SampledRow, ScheduledBatch
-from octavo.scheduler.progress import Progress
+from octavo.scheduler.budget import StepBudget
+from octavo.scheduler.progress import AdmissionStop, Progress
 from octavo.scheduler.request import Request, RequestStatus
 from octavo.scheduler.scheduler import Scheduler
 
@@ -23,6 +23,11 @@ def require(condition: bool, message: str) -> None:
         raise OracleViolation(message)
 
 
+def blocks_of_window(window: int, block_size: int) -> int:
+    """What a token and the one behind it see lies in so many blocks, wherever it begins."""
+    return max(len({(start + key) // block_size for key in range(window + 1)}) for start in range(block_size))
+
+
 class WatchedScheduler(Scheduler):
     """Raises OracleViolation where misses, or what the queue waits for, are not told as they are."""
 
@@ -30,34 +35,84 @@ class WatchedScheduler(Scheduler):
         super().__init__(*arguments, **options)
         self.published: set[bytes] = set()
         """Hashes that were findable after some step, and were not withdrawn since."""
-        self.evicted: set[bytes] = set()
-        """Those that were ever lost again."""
+        self.evicted: list[set[bytes]] = [set() for _ in self.blocks.groups]
+        """Those that each layer group ever lost again."""
         self.num_queries = 0
         """Tokens of the prompts that were admitted for the first time."""
-        unpublish = self.blocks.pool.unpublish
+        self.spare: list[int] = []
+        """Blocks of each group that an admission could have had when the latest pass over the queue ended."""
+        self.wanted: list[int] = []
+        """Those that the first in the queue wanted then."""
+        for group in self.blocks.groups:
+            group.pool.withdraw = self._watched(group.pool.withdraw)  # type: ignore[method-assign]
 
-        def withdraw(blocks: Iterable[Block]) -> None:
-            blocks = list(blocks)
-            self.published -= {block.hash for block in blocks if block.hash is not None}
-            unpublish(blocks)
+    def _watched(self, withdraw: Callable[[Iterable[bytes]], None]) -> Callable[[Iterable[bytes]], None]:
+        def watched(block_hashes: Iterable[bytes]) -> None:
+            block_hashes = list(block_hashes)
+            self.published -= set(block_hashes)
+            withdraw(block_hashes)
 
-        self.blocks.pool.unpublish = withdraw  # type: ignore[method-assign]
+        return watched
+
+    @property
+    def findable(self) -> list[set[bytes]]:
+        """Hashes in the index of each layer group."""
+        return [set(group.pool.index) for group in self.blocks.groups]
 
     def update(self, batch: ScheduledBatch, sampled: Sequence[SampledRow]) -> list[Progress]:
         progress = super().update(batch, sampled)
-        self.published.update(self.blocks.pool.index[0])
+        self.published.update(*self.findable)
+        self.judge_windows(batch)
         return progress
+
+    def judge_windows(self, batch: ScheduledBatch) -> None:
+        """Nobody holds more than the tokens to come see, nor less."""
+        for row in batch.rows:
+            if not self.holds(row):
+                continue
+            for group, table in zip(self.blocks.groups, row.block_ids, strict=True):
+                num_passed = 0
+                if group.window is not None:
+                    num_passed = max(0, row.num_tokens_after - group.window + 1) // self.blocks.block_size
+                require(not any(table[:num_passed]), "a block is held that nobody will read")
+                require(all(table[num_passed:]), "a block was given back that somebody will read")
 
     def schedule(self) -> ScheduledBatch:
         num_preemptions = self.counters.num_preemptions
-        num_evicted = self.blocks.pool.num_evicted
-        findable = set(self.blocks.pool.index[0])
+        num_evicted = self.blocks.counts().num_evicted
+        before = self.findable
         batch = super().schedule()
-        lost = findable - set(self.blocks.pool.index[0])
-        self.evicted |= lost
-        require(self.blocks.pool.num_evicted - num_evicted == len(lost), "the count of evictions is off")
+        lost = [had - has for had, has in zip(before, self.findable, strict=True)]
+        for evicted, more in zip(self.evicted, lost, strict=True):
+            evicted |= more
+        num_lost = sum(map(len, lost))
+        require(self.blocks.counts().num_evicted - num_evicted == num_lost, "the count of evictions is off")
         self._judge_waiting(batch, preempted=self.counters.num_preemptions > num_preemptions)
         return batch
+
+    def _admit_waiting(self, budget: StepBudget) -> AdmissionStop:
+        stop = super()._admit_waiting(budget)
+        # Now, because prompts under way take their blocks before the step is complete.
+        self.spare = self._num_spare()
+        first = self.waiting.peek()
+        if first is not None:
+            match = self.blocks.match(first.block_hashes, first.token_ids)
+            self.wanted = self.blocks.blocks_to_admit(match, first.num_tokens)
+        return stop
+
+    def _num_spare(self) -> list[int]:
+        """Blocks of each group that are free, less one for each that runs, and less what prompts under way take yet."""
+        spare = []
+        for index, group in enumerate(self.blocks.groups):
+            left = group.pool.num_free - len(self.running)
+            for request in self.running:
+                if group.window is not None and request.num_tokens - request.num_computed_tokens > 1:
+                    table = request.block_ids[index]
+                    all_behind = -(-request.num_tokens // self.blocks.block_size) - table.count(0)
+                    most = min(all_behind, blocks_of_window(group.window, self.blocks.block_size))
+                    left -= max(0, most - sum(map(bool, table)))
+            spare.append(left)
+        return spare
 
     def _judge_waiting(self, batch: ScheduledBatch, *, preempted: bool) -> None:
         counts = self.waiting_counts
@@ -73,21 +128,21 @@ class WatchedScheduler(Scheduler):
             if not any(leader.status is RequestStatus.WAITING for leader in samples.values())
         )
         has_seat = len(self.running) < self.max_num_running
-        num_spare = self.blocks.num_free_blocks - len(self.running)
         if counts.num_for_capacity:
             require(counts.num_deferred == held, "samples are deferred in a pass that was short of room")
-            needed = self.blocks.blocks_to_admit(
-                self.blocks.match(first.block_hashes, first.token_ids), first.num_tokens
-            )
-            require(preempted or not has_seat or needed > num_spare, "the first waits for room that is there")
+            if not preempted and has_seat:
+                fits = all(more <= left for more, left in zip(self.wanted, self.spare, strict=True))
+                require(not fits, "the first waits for room that is there")
         else:
-            require(has_seat and num_spare > 0, "the first is called deferred and has no room")
+            has_room = all(left > 0 for left in self.spare)
+            require(has_seat and has_room, "the first is called deferred and has no room")
             require(batch.num_tokens == self.max_num_batched_tokens, "the first is called deferred, with tokens left")
 
     def _admit(self, request: Request, match: PrefixMatch) -> None:
         before = copy.copy(self.counters)
         # What this pass has lost so far belongs to the account too.
-        self.evicted |= self.published - set(self.blocks.pool.index[0])
+        for evicted, findable in zip(self.evicted, self.findable, strict=True):
+            evicted |= self.published - findable
         counted = request.num_preemptions == 0 and request.sample_index == 0 and self.blocks.enable_prefix_caching
         expected = self._expected_misses(request, match) if counted else (0, 0, 0)
         super()._admit(request, match)
@@ -104,7 +159,8 @@ class WatchedScheduler(Scheduler):
         require(new + evicted == expected[0] + expected[1], "the misses before the tail are off")
         require(tail == expected[2], "the tail is off")
         # The memory of evictions is bounded: what it has forgotten counts as new.
-        if len(self.evicted) <= self.blocks.pool.evicted[0].capacity:
+        groups = zip(self.evicted, self.blocks.groups, strict=True)
+        if any(len(evicted) <= group.pool.evicted.capacity for evicted, group in groups):
             require(evicted == expected[1], f"{evicted} tokens count as evicted instead of {expected[1]}")
         else:
             require(evicted <= expected[1], f"{evicted} tokens count as evicted, at most {expected[1]} were")

@@ -342,7 +342,7 @@ async def test_the_engine_is_up_and_has_a_size_only_while_it_serves(engine: Fake
 
         assert await shown() == [0, 0, 0, 0]
         engine.handle(READY)
-        engine.stats_listeners[0](StepStats(num_blocks=10, num_free_blocks=5))
+        engine.stats_listeners[0](StepStats(num_blocks=10, num_free_blocks=5, block_usage=0.5))
         assert await shown() == [1, 1000, 1000, 0.5]
         engine._engine_died("it restarts", EngineState.STARTING)
         assert await shown() == [0, 0, 0, 0]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from octavo.model.config import ModelConfig
 from octavo.model.runner import ModelRunner
-from octavo.scheduler.config import CacheConfig, SchedulerConfig
+from octavo.scheduler.config import CacheConfig, PoolConfig, SchedulerConfig
 from octavo.scheduler.scheduler import Scheduler
 from octavo.server.engine.core import EngineCore
 from octavo.server.engine.messages import GenerateRequest
@@ -26,7 +26,8 @@ def generate(
         kv_cache_memory=2**22, max_num_seqs=16, max_model_len=max_model_len, max_num_batched_tokens=budget
     )
     scheduler = Scheduler(
-        SchedulerConfig(max_num_seqs=16), CacheConfig(block_size=BLOCK), num_blocks=plan.num_blocks,
+        SchedulerConfig(max_num_seqs=16), CacheConfig(block_size=BLOCK),
+        pools=[PoolConfig(pool.num_blocks, pool.window) for pool in plan.pools],
         max_model_len=plan.max_model_len, max_num_batched_tokens=budget, eos_token_ids=(),
     )  # fmt: skip
     core, pending = EngineCore(scheduler, runner), list(requests)

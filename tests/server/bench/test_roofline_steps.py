@@ -37,7 +37,7 @@ def test_steps_run_over_blocks_of_their_own(tiny_checkpoint: Path) -> None:
 
 
 def test_the_pool_is_noise_everywhere(tiny_checkpoint: Path) -> None:
-    pool = bench(tiny_checkpoint, [StepShape(2, 30, 1)]).runner.kv_pool
+    (pool,) = bench(tiny_checkpoint, [StepShape(2, 30, 1)]).runner.kv_pools
     assert torch.isfinite(pool).all()
     assert (pool.flatten(2).std(-1) > 0).all()
 

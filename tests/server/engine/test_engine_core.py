@@ -12,7 +12,7 @@ import http_fakes
 import msgspec
 import pytest
 from octavo.scheduler.batch import BlockCopy, SampledRow, ScheduledBatch, StepResult
-from octavo.scheduler.config import CacheConfig, SchedulerConfig
+from octavo.scheduler.config import CacheConfig, PoolConfig, SchedulerConfig
 from octavo.scheduler.sampling_params import InvalidRequest, SamplingParams
 from octavo.scheduler.scheduler import Scheduler
 from octavo.server.engine import worker
@@ -72,7 +72,7 @@ def core(runner: ScriptedRunner) -> EngineCore:
     scheduler = Scheduler(
         SchedulerConfig(max_num_seqs=32, max_num_waiting=8),
         CacheConfig(block_size=4),
-        num_blocks=257,
+        pools=[PoolConfig(257)],
         max_model_len=64,
         max_num_batched_tokens=64,
         eos_token_ids=(99,),
@@ -111,7 +111,7 @@ def test_one_poisoned_request_of_sixteen_fails_alone(core: EngineCore, runner: S
     assert runner.executed == [16, 16, 8, 8, 4, 2, 2, 1, 1, 4, 15, 15]
     core.idle()
     assert sorted(set(runner.released)) == sorted(f"r{index}/0" for index in range(16))
-    assert core.scheduler.blocks.num_free_blocks == 256
+    assert core.scheduler.blocks.num_free_blocks == [256]
 
 
 def test_all_samples_of_a_failed_request_end_with_one_error(core: EngineCore, runner: ScriptedRunner) -> None:
@@ -303,7 +303,7 @@ def test_a_copy_that_fails_ends_only_the_request_it_was_for(
     assert outputs["samples"][-1].error is not None
     assert outputs["other"][-1].finish_reason == "length"
     core.idle()
-    assert core.scheduler.blocks.num_free_blocks == 256
+    assert core.scheduler.blocks.num_free_blocks == [256]
 
 
 def test_what_a_failed_request_computed_is_never_found_again(core: EngineCore, runner: ScriptedRunner) -> None:
