@@ -123,7 +123,8 @@ class KernelBackend(Protocol):
     dtype: torch.dtype
 
     def weight_bytes(self, weights: Iterable[tuple[str, tuple[int, ...]]]) -> int:
-        """Memory that weights of these encodings and shapes take once packed."""
+        """Memory that weights of these encodings and shapes take once packed. The matrix of an expert, which a backend
+        may keep in another form than others, has a leading 1."""
         ...
 
     def pack_linear(self, parts: Sequence[StoredWeight], bias: Sequence[StoredWeight] = ()) -> Any:

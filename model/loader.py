@@ -54,13 +54,13 @@ def check_weights(source: WeightSource) -> int:
 
 
 def stored_weights(source: WeightSource) -> list[tuple[str, tuple[int, ...]]]:
-    """Encoding and shape of every tensor that the family reads; call `check_weights` before. The generic path reads all
-    that there are."""
+    """Encoding and shape of every tensor that the family reads, as `KernelBackend.weight_bytes` wants them; call
+    `check_weights` before. The generic path reads all that there are."""
     if source.spec.transformers_config is not None:
         weights = (source.weight(name) for name in source.names())
         return [(weight.encoding, tuple(weight.shape)) for weight in weights]
     expected = family_of(source.spec).parameters(source.spec)
-    return [(source.weight(name).encoding, shape) for name, shape in expected]
+    return [(source.weight(name).encoding, (1, *shape) if ".experts." in name else shape) for name, shape in expected]
 
 
 def _is_idle(name: str, source: WeightSource) -> bool:

@@ -100,9 +100,9 @@ class PackedExperts:
 
 
 def packed_bytes(encoding: str, shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Memory that a weight will take: a matrix as `PackedMatrix` keeps it, a vector in fp32. Raises RuntimeError where
-    there is no library."""
-    if len(shape) != 2:
+    """Memory that a weight will take: a matrix (an expert's has a leading 1) as `PackedMatrix` keeps it, a vector in
+    fp32. Raises RuntimeError where there is no library."""
+    if len(shape) < 2:
         return math.prod(shape) * 4
     kept = encoding if encoding in NATIVE_ENCODINGS else _DENSE[dtype]
     library = load_library()
@@ -111,7 +111,7 @@ def packed_bytes(encoding: str, shape: Sequence[int], dtype: torch.dtype) -> int
     library.ov_packed_bytes.restype = number = ctypes.c_int64
     library.ov_packed_bytes.argtypes = [ctypes.c_int, number, number, number]
     num_bytes: int = library.ov_packed_bytes(
-        int(dtype is torch.bfloat16), NATIVE_ENCODINGS.index(kept), shape[0], shape[1]
+        int(dtype is torch.bfloat16), NATIVE_ENCODINGS.index(kept), shape[-2], shape[-1]
     )
     return num_bytes
 

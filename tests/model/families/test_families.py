@@ -37,6 +37,33 @@ def test_greedy_answers_equal_transformers(
     proves(architecture=ready.architecture, path="native", weights="safetensors", backend=ready.backend.split()[0])
 
 
+ONE_OF_EACH = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3 moe",
+    "mixtral",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "olmo2",
+    "olmoe",
+    "granite",
+)
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH)
+def test_the_kernels_for_gpus_give_the_same_answers(tmp_path: Path, case: str, proves: Callable[..., None]) -> None:
+    """Under Triton's interpreter, which is slow: a prompt in two chunks beyond the window, and a token alone."""
+    family = save_family(case, tmp_path)
+    engine = open_engine(tmp_path, kernel_backend="triton", budget=32)
+    asked = prompts((40, 1))
+    assert_answers_equal(family, asked, engine.answer(asked, 3))
+    ready = engine.client.ready
+    proves(architecture=ready.architecture, path="native", weights="safetensors", backend=ready.backend.split()[0])
+
+
 @backends
 @pytest.mark.parametrize("case", LONGROPE)
 @pytest.mark.parametrize(("max_model_len", "lengths"), [(64, (3, 50, 31)), (None, (70, 130, 65))])

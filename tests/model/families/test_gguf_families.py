@@ -13,6 +13,7 @@ from family_models import CASES, Family, assert_answers_equal, open_engine, prom
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf_export import export_gguf
 from octavo.kernels.cpu.library import supported_isas
+from octavo.model.loader import stored_weights
 from octavo.model.spec import ModelError, ModelSpec
 from octavo.model.weights.gguf_source import open_gguf
 from octavo.model.weights.safetensors_source import open_safetensors
@@ -83,6 +84,7 @@ def test_quantised_experts_are_cut_out_of_their_tensor(
     state = {name: source.weight(name) for name in source.names()}
     some = state["model.layers.1.block_sparse_moe.experts.4.w2.weight"]
     assert (some.encoding, some.shape, tuple(some.raw().shape)) == ("Q8_0", (64, 96), (64, 96 // 32 * 34))
+    assert ("Q8_0", (1, 64, 96)) in stored_weights(source)  # backends are told whose it is
     with torch.no_grad():
         for name, parameter in family.oracle.named_parameters():
             if name.endswith("experts.down_proj"):
