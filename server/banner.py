@@ -12,7 +12,9 @@ from .config import ServerConfig
 from .engine.messages import EngineReady
 
 
-def banner(config: ServerConfig, files: ModelFiles, ready: EngineReady, address: Any, seconds: float) -> str:
+def banner(
+    config: ServerConfig, files: ModelFiles, ready: EngineReady, address: Any, seconds: float, *, chats: bool
+) -> str:
     """`address` is the listening socket's; `seconds` are those since the process was started."""
     host, port = address[0], address[1]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -29,7 +31,7 @@ def banner(config: ServerConfig, files: ModelFiles, ready: EngineReady, address:
         f"  API      {url}/v1     docs {url}/docs     metrics {url}/metrics",
         "",
         "Try it:",
-        *_curl(url, name, bool(config.api_keys)),
+        *_curl(url, name, bool(config.api_keys), chats),
         "",
     ]
     return "\n".join(lines)
@@ -53,8 +55,12 @@ def blocks_text(pool_blocks: Sequence[int]) -> str:
     return " + ".join(map(str, pool_blocks))
 
 
-def _curl(url: str, name: str, needs_key: bool) -> list[str]:
-    message = '{"role": "user", "content": "Why is the sky blue?"}'
-    body = f'{{"model": "{name}", "stream": true, "temperature": 0.3, "messages": [{message}]}}'
+def _curl(url: str, name: str, needs_key: bool, chats: bool) -> list[str]:
+    """Something to paste into a shell. A model without a chat template is one that continues texts."""
+    asked = '"messages": [{"role": "user", "content": "Why is the sky blue?"}]'
+    path = "chat/completions"
+    if not chats:
+        path, asked = "completions", '"max_tokens": 64, "prompt": "The sky is blue because"'
+    body = f'{{"model": "{name}", "stream": true, "temperature": 0.3, {asked}}}'
     key = ['    -H "Authorization: Bearer $OCTAVO_API_KEY" \\'] if needs_key else []
-    return [f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\", *key, f"    -d '{body}'"]
+    return [f"  curl -N {url}/v1/{path} -H 'Content-Type: application/json' \\", *key, f"    -d '{body}'"]

@@ -120,7 +120,8 @@ async def _serve(
         server_header=False,
     )
     server = DrainingServer(uvicorn_config, app.state.server, config.shutdown_timeout_s)
-    watcher = asyncio.create_task(_watch(config, files, client, listener, server))
+    chats = tokenizer.chat_template is not None
+    watcher = asyncio.create_task(_watch(config, files, client, listener, server, chats))
     await server.serve(sockets=[listener])
     watcher.cancel()
     with contextlib.suppress(asyncio.CancelledError):
@@ -137,6 +138,7 @@ async def _watch(
     client: ProcessClient,
     listener: socket.socket,
     server: DrainingServer,
+    chats: bool,
 ) -> None:
     """Say when it is ready, and stop serving when no engine will come any more."""
     if await client.wait_while(EngineState.STARTING) is EngineState.READY:
@@ -144,7 +146,7 @@ async def _watch(
         ready = await client.wait_ready()
         # A closed or narrow standard output must not end the watch below.
         with contextlib.suppress(OSError, ValueError):
-            print(banner(config, files, ready, listener.getsockname(), seconds), flush=True)
+            print(banner(config, files, ready, listener.getsockname(), seconds, chats=chats), flush=True)
         await client.wait_while(EngineState.READY, EngineState.STARTING)
     if client.state is EngineState.DEAD:
         server.fatal_reason = client.dead_reason

@@ -37,6 +37,8 @@ def write_model(directory: Path) -> None:
 def test_a_config_and_a_tokenizer_are_served(tmp_path: Path, start_server: Callable[..., Any]) -> None:
     write_model(tmp_path)
     server = start_server("--model", str(tmp_path), "--load-format", "dummy", "--dtype", "float32")
+    # There is no chat template, so what to try is a completion.
+    server.wait_for_line("/v1/completions -H")
     body = {"model": tmp_path.name, "prompt": "twelve bytes", "max_tokens": 8, "temperature": 0}
     answers = [server.post("/v1/completions", body) for _ in range(2)]
     assert [status for status, _ in answers] == [200, 200]

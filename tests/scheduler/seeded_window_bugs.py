@@ -69,6 +69,7 @@ def windows_pass_what_a_running_step_reads(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(HeldBlocks, "pass_window", pass_window)
     patch.setattr(WatchedScheduler, "judge_windows", lambda self, batch: None)
+    patch.setattr(engine_machine, "ALWAYS_AHEAD", True)
 
 
 def hits_ignore_windows(patch: pytest.MonkeyPatch) -> None:
