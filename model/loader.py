@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -12,10 +11,9 @@ from ..kernels.backend import KernelBackend
 from .registry import CausalLM, family_of
 from .sizes import size_text
 from .spec import ModelError, ModelSpec
+from .weights.dequantize import FLOAT_DTYPES
 from .weights.quantized_weight import QuantizedWeight
 from .weights.source import WeightSource
-
-logger = logging.getLogger("octavo.model")
 
 
 def check_weights(source: WeightSource) -> int:
@@ -76,24 +74,29 @@ def _is_idle(name: str, source: WeightSource) -> bool:
     )
 
 
-def _dequantized(source: WeightSource, dtype: torch.dtype) -> str | None:
-    """That weights take more memory than their files: of those that no backend keeps as they are stored."""
-    generic = source.spec.transformers_config is not None
-    names = source.names() if generic else [name for name, _ in family_of(source.spec).parameters(source.spec)]
-    weights = [source.weight(name) for name in names]
-    encodings = sorted({weight.encoding for weight in weights if isinstance(weight, QuantizedWeight)})
-    if not encodings:
+def dequantized_note(
+    weights: Sequence[tuple[str, tuple[int, ...]]], backend: KernelBackend | None, dtype: torch.dtype
+) -> str | None:
+    """A line that says which quantised weights take more memory than their files, because `backend` does not keep them
+    as they are stored; None where there are none. `weights` as `stored_weights` gives them; without a backend, which is
+    the generic path, none are kept."""
+    quantised = [(encoding, shape) for encoding, shape in weights if encoding not in FLOAT_DTYPES and len(shape) > 1]
+    lost = [
+        (encoding, math.prod(shape))
+        for encoding, shape in quantised
+        if backend is None or backend.weight_bytes([(encoding, shape)]) >= math.prod(shape) * dtype.itemsize
+    ]
+    if not lost:
         return None
-    num_bytes = sum(math.prod(weight.shape) for weight in weights) * dtype.itemsize
+    encodings = sorted({encoding for encoding, _ in lost})
     more = f" and {len(encodings) - 3} more" if len(encodings) > 3 else ""
+    size = size_text(sum(count for _, count in lost) * dtype.itemsize)
     name = str(dtype).removeprefix("torch.")
-    return f"weights are {', '.join(encodings[:3])}{more}; served dequantised to {name} ({size_text(num_bytes)})"
+    part = "" if len(lost) == len(quantised) else "partly "
+    return f"weights are {part}{', '.join(encodings[:3])}{more}, served dequantised to {name} ({size})"
 
 
 def load_model(source: WeightSource, backend: KernelBackend, progress: Callable[[float], None]) -> CausalLM:
     """Build the model; call `check_weights` before. `progress` gets the share done, from 0 to 1."""
     spec: ModelSpec = source.spec
-    note = _dequantized(source, backend.dtype)
-    if note is not None:
-        logger.info(note)
     return family_of(spec)(spec, source, backend, progress)

@@ -29,7 +29,7 @@ from .forward_batch import ForwardBatch, build_forward_batch
 from .kv_cache import allocate_pools, layers_of
 from .kv_layout import kv_layout
 from .largest_step import DeviceMemory, device_memory, largest_batches, measure
-from .loader import check_weights, load_model, stored_weights
+from .loader import check_weights, dequantized_note, load_model, stored_weights
 from .memory import (
     DEFAULT_BATCHED_TOKENS,
     CachePlan,
@@ -105,6 +105,9 @@ class ModelRunner:
                 self.backend.weight_bytes(self.weights) if family is None else num_parameters * dtype.itemsize
             )
             """As the backend keeps them."""
+            note = dequantized_note(self.weights, self.backend if family is None else None, dtype)
+            if note is not None:
+                self.notes.append(note)
             with _needing_memory(f"the weights ({self.weight_bytes / 2**30:.2f} GiB)", _SMALLER_WEIGHTS):
                 self._model = load_model(source, self.backend, lambda share: report("load", share))
                 self._sampler = Sampler(self.spec.vocab_size, self._device, as_drawing_backend(self.backend))

@@ -6,10 +6,11 @@ import dataclasses
 
 import pytest
 import torch
+from octavo.kernels.select import select_backend
 from octavo.model import runner as runner_module
 from octavo.model.config import ModelConfig
 from octavo.model.families import decoder as decoder_module
-from octavo.model.loader import check_weights
+from octavo.model.loader import check_weights, dequantized_note
 from octavo.model.registry import model_family
 from octavo.model.runner import ModelRunner
 from octavo.model.spec import ModelError
@@ -152,3 +153,22 @@ def test_rotations_are_made_for_the_context_served_not_for_the_one_in_the_config
     plan = allocate(runner)
     assert made == [plan.max_model_len]
     assert plan.max_model_len < 10**5
+
+
+def test_what_a_backend_does_not_keep_quantised_is_named():
+    weights = [
+        ("IQ4_XS", (64, 256)),
+        ("Q8_0", (512, 1024)),
+        ("F32", (64,)),
+        ("BF16", (64, 256)),
+        ("IQ4_NL", (1, 64, 256)),
+    ]
+    reference = select_backend("reference", torch.device("cpu"), torch.bfloat16, 64)
+    everything = "weights are IQ4_NL, IQ4_XS, Q8_0, served dequantised to bfloat16 (1 MiB)"
+    assert dequantized_note(weights, reference, torch.bfloat16) == everything
+    assert dequantized_note(weights, None, torch.bfloat16) == everything
+    assert dequantized_note(weights[2:4], reference, torch.bfloat16) is None
+    triton = select_backend("triton", torch.device("cpu"), torch.float16, 64)
+    partly = "weights are partly IQ4_NL, IQ4_XS, served dequantised to float16 (64 KiB)"
+    assert dequantized_note(weights, triton, torch.float16) == partly
+    assert dequantized_note([("Q8_0", (1, 64, 256))], triton, torch.float16) is not None  # an expert's
