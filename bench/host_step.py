@@ -382,14 +382,12 @@ def main() -> None:
         for count in options.sequences
     }
     print_table("engine process, ms per step", engine)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        http = runner.run(measure_http(load_tokenizer(resolve_model(None)), options.steps))
+    http = uvloop.run(measure_http(load_tokenizer(resolve_model(None)), options.steps))
     print_table("HTTP process, ms per step", {f"{HTTP_SEQUENCES}": http})
     additions.append(addition_ns())
     print(f"\none addition in Python: {additions[0]} ns before, {additions[1]} ns after")
-    command = f"bench/host_step.py --sequences {' '.join(map(str, options.sequences))} --steps {options.steps}"
     results = {
-        "command": command,
+        "command": f"bench/host_step.py --sequences {' '.join(map(str, options.sequences))} --steps {options.steps}",
         "machine": dataclasses.asdict(machine) | dataclasses.asdict(setup),
         "python_addition_ns": additions,
         "engine_ms_per_step": engine,

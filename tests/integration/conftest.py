@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+sys.path.append(str(Path(__file__).parent))
+
 START_DEADLINE_S = 120.0
 
 

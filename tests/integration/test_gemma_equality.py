@@ -1,17 +1,15 @@
 """Gemma 3's greedy tokens from a real K-quantised file equal transformers', inside its windows and far beyond them.
 
 The model has terms of its own and is not installed with the project: OCTAVO_TEST_GEMMA names a GGUF file of
-gemma-3-270m. Both sides run the same dequantised weights in fp32; where they part, the two best logits must be a
-near-tie, and the sequence is compared up to there.
+gemma-3-270m.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import pytest
-import torch
+from greedy_reference import STORY, Reference, assert_equal_but_for_near_ties, references_of
 from octavo.model.config import ModelConfig
 from octavo.model.weights.open import open_weights
 from octavo.model.weights.resolve import resolve_model
@@ -27,7 +25,6 @@ PATH = os.environ.get("OCTAVO_TEST_GEMMA")
 pytestmark = pytest.mark.skipif(PATH is None, reason="OCTAVO_TEST_GEMMA names no file")
 
 NUM_OUTPUT_TOKENS = 16
-NEAR_TIE = 5e-3
 BEGINNINGS = [
     "The capital of France is",
     "def fibonacci(n):\n    if n < 2:\n        return n\n",
@@ -40,19 +37,8 @@ BEGINNINGS = [
     "Die Hauptstadt von Deutschland",
     "To make bread you need",
 ]
-REPEATS = (1, 2, 3, 5, 9, 11, 13, 16, 22, 45)
-STORY = (
-    "In the spring of 1912 a clockmaker named Ansel Brandt left the town of Kirchheim with two trunks, a violin that "
-    "he could not play, and a letter he had promised never to open. The road to the coast was longer than the map "
-    "allowed. "
-)
 
-
-@dataclass
-class Reference:
-    prompt: list[int]
-    tokens: list[int]
-    gaps: list[float]
+REPEATS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 17)
 
 
 def make_prompts() -> list[list[int]]:
@@ -87,21 +73,7 @@ def references() -> list[Reference]:
             "sliding_attention": {"rope_type": "default", "rope_theta": spec.local_rope.theta},
         },
     )
-    model = Gemma3ForCausalLM(config).eval()
-    state = {name: source.weight(name).dequantize(torch.float32) for name in source.names()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert set(missing) <= {"lm_head.weight"}
-    references = []
-    for prompt in make_prompts():
-        with torch.inference_mode():
-            result = model.generate(
-                torch.tensor([prompt]), max_new_tokens=NUM_OUTPUT_TOKENS, do_sample=False, eos_token_id=None,
-                pad_token_id=0, return_dict_in_generate=True, output_logits=True,
-            )  # fmt: skip
-        gaps = [float(values[0] - values[1]) for values in (step[0].topk(2).values for step in result.logits)]
-        references.append(Reference(prompt, result.sequences[0, len(prompt) :].tolist(), gaps))
-    return references
+    return references_of(Gemma3ForCausalLM(config), source, make_prompts(), NUM_OUTPUT_TOKENS)
 
 
 @pytest.mark.parametrize("budget", [512, 100])
@@ -128,12 +100,4 @@ def test_greedy_tokens_equal_transformers(references: list[Reference], budget: i
                 answer += output.token_ids
     assert len(references) == 20
     assert max(len(reference.prompt) for reference in references) > 4 * 512
-    num_flips = 0
-    for reference, answer in zip(references, answers, strict=True):
-        assert len(answer) == NUM_OUTPUT_TOKENS
-        for position, (ours, theirs) in enumerate(zip(answer, reference.tokens, strict=True)):
-            if ours != theirs:
-                assert reference.gaps[position] < NEAR_TIE, f"token {position} differs, and not by a near-tie"
-                num_flips += 1
-                break
-    assert num_flips <= 1
+    assert_equal_but_for_near_ties(references, answers, most=1)

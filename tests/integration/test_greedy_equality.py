@@ -1,16 +1,11 @@
-"""The default model's greedy tokens equal transformers', whatever the engine does around them.
-
-Both run the same dequantised weights in fp32. Where they part, the two best logits must be a near-tie (rounding
-decides); the sequence is compared up to there.
-"""
+"""The default model's greedy tokens equal transformers', whatever the engine does around them."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 import pytest
-import torch
+from greedy_reference import STORY, Reference, assert_equal_but_for_near_ties, references_of
 from octavo.model.config import ModelConfig
 from octavo.model.weights.open import open_weights
 from octavo.model.weights.resolve import resolve_model
@@ -27,17 +22,6 @@ pytestmark = pytest.mark.real_model
 
 NUM_OUTPUT_TOKENS = 24
 MAX_IN_FLIGHT = 16
-NEAR_TIE = 5e-3
-"""Logits are of order 20 here, and summed in fp32 in another order."""
-
-STORY = (
-    "In the spring of 1912 a clockmaker named Ansel Brandt left the town of Kirchheim with two trunks, a violin that "
-    "he could not play, and a letter he had promised never to open. The road to the coast was longer than the map "
-    "allowed, and by the third evening he had traded the violin for a pair of boots and the company of a dog. He asked "
-    "every innkeeper the same three questions: how far is the sea, who winds the church clock, and what do you do "
-    "with a promise that nobody remembers? Most of them laughed. One of them, a woman who kept bees behind the stable, "
-    "answered all three without looking up from her work. "
-)
 PARTS = [
     "What is the capital of France?",
     "def fibonacci(n):\n    if n < 2:\n        return n\n",
@@ -48,14 +32,6 @@ PARTS = [
     "SELECT name, COUNT(*) FROM users",
     "Once upon a time",
 ]
-
-
-@dataclass
-class Reference:
-    prompt: list[int]
-    tokens: list[int]
-    gaps: list[float]
-    """Distance between the best and the second best logit at each output token."""
 
 
 def make_prompts() -> list[list[int]]:
@@ -85,26 +61,7 @@ def references() -> list[Reference]:
         tie_word_embeddings=spec.tie_word_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": spec.rope.theta},
     )
-    model = LlamaForCausalLM(config).eval()
-    state = {name: source.weight(name).dequantize(torch.float32) for name in source.names()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert set(missing) <= {"lm_head.weight"}
-    references = []
-    for prompt in make_prompts():
-        with torch.inference_mode():
-            result = model.generate(
-                torch.tensor([prompt]),
-                max_new_tokens=NUM_OUTPUT_TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-        gaps = [float(values[0] - values[1]) for values in (step[0].topk(2).values for step in result.logits)]
-        references.append(Reference(prompt, result.sequences[0, len(prompt) :].tolist(), gaps))
-    return references
+    return references_of(LlamaForCausalLM(config), source, make_prompts(), NUM_OUTPUT_TOKENS)
 
 
 CASES = {
@@ -139,15 +96,7 @@ def test_greedy_tokens_equal_transformers(case: str, references: list[Reference]
     )
     outputs = run(InlineClient(core, ready), references)
 
-    num_flips = 0
-    for reference, tokens in zip(references, outputs, strict=True):
-        assert len(tokens) == NUM_OUTPUT_TOKENS
-        for position, (ours, theirs) in enumerate(zip(tokens, reference.tokens, strict=True)):
-            if ours != theirs:
-                assert reference.gaps[position] < NEAR_TIE, f"token {position} differs, and not by a near-tie"
-                num_flips += 1
-                break
-    assert num_flips <= 2
+    assert_equal_but_for_near_ties(references, outputs, most=2)
     counters = core.scheduler.counters
     assert (counters.num_preemptions > 0) == ("pool_tokens" in settings)
     assert (counters.prefix_cache_hits > 0) == bool(settings.get("caching", True))
