@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -109,3 +109,11 @@ class ModelSpec:
 
     def layer_rope(self, layer: int) -> RopeSpec:
         return self.local_rope if self.local_rope is not None and self.window(layer) else self.rope
+
+
+def with_extended_positions(spec: ModelSpec) -> ModelSpec:
+    """YaRN's factor says how many positions the model knows; configs often keep the number of before the extension."""
+    if spec.rope.kind != "yarn":
+        return spec
+    extended = int(spec.rope.factor * spec.rope.original_max_position_embeddings)
+    return replace(spec, max_position_embeddings=max(spec.max_position_embeddings, extended))

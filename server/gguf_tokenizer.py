@@ -14,7 +14,7 @@ from functools import partial
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ..model.spec import ModelError
-from ..model.weights.gguf_file import GgufFile
+from ..model.weights.gguf_file import END_PIECES, GgufFile
 
 logger = logging.getLogger(__name__)
 
@@ -226,6 +226,9 @@ def _merges_from_scores(vocab: dict[str, int], scores: list[float]) -> list[tupl
     return [(left, right) for _, left, right in found]
 
 
+_KEEP_SPACE = ("<unk>", "<s>", "<|endoftext|>")
+
+
 def _add_special_tokens(file: GgufFile, pieces: list[str], backend: Tokenizer) -> None:
     """Control tokens are special (hidden on request); user-defined ones are text that is never cut."""
     types = file.metadata.get("tokenizer.ggml.token_type")
@@ -234,7 +237,22 @@ def _add_special_tokens(file: GgufFile, pieces: list[str], backend: Tokenizer) -
         special = [pieces[token_id] for token_id in ids if token_id is not None]
         plain: list[str] = []
     else:
-        special = [pieces[index] for index, kind in enumerate(types) if kind in (_CONTROL, _UNKNOWN)]
-        plain = [pieces[index] for index, kind in enumerate(types) if kind == _USER_DEFINED]
-    backend.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special if piece])
+        hidden = [
+            kind in (_CONTROL, _UNKNOWN) or piece in END_PIECES for kind, piece in zip(types, pieces, strict=True)
+        ]
+        special = [piece for piece, is_hidden in zip(pieces, hidden, strict=True) if is_hidden]
+        plain = [
+            piece
+            for kind, piece, is_hidden in zip(types, pieces, hidden, strict=True)
+            if kind == _USER_DEFINED and not is_hidden
+        ]
+    # Phi-3's swallow the whitespace behind them, which its GGUF files do not say.
+    swallows = file.get("general.architecture", str) == "phi3" and file.get("tokenizer.ggml.model", str) == "llama"
+    backend.add_special_tokens(
+        [
+            AddedToken(piece, normalized=False, special=True, rstrip=swallows and piece not in _KEEP_SPACE)
+            for piece in special
+            if piece
+        ]
+    )
     backend.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in plain if piece])

@@ -28,13 +28,16 @@ def model_class(architecture: str, values: dict[str, Any]) -> Any:
     if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < _OLDEST:
         raise Unserved(f"the generic path needs transformers 5, not {transformers.__version__}; upgrade it")
     found = getattr(transformers, architecture, None) if architecture.isidentifier() else None
-    if found is None or values.get("model_type") not in transformers.CONFIG_MAPPING:
+    kind = values.get("model_type")
+    if found is None or not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         own_code = "auto_map" in values
         more = ", and code that lies beside the weights is never run" if own_code else ""
         raise Unserved(f"transformers {transformers.__version__} does not know it either{more}")
     if values.get("is_encoder_decoder") is True or getattr(found.config_class, "is_encoder_decoder", False) is True:
         raise Unserved("it is an encoder-decoder; only decoders are served")
-    if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    # transformers lists some models of images and sound there too.
+    several = architecture.endswith("ForConditionalGeneration") or {"vision_config", "audio_config"} & values.keys()
+    if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or several:
         raise Unserved("it is no causal language model of text alone")
     if getattr(found, "_is_stateful", False):
         raise Unserved("its layers keep a recurrent state instead of keys and values")

@@ -50,6 +50,15 @@ _ARRAY_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 
+END_PIECES = frozenset(
+    {
+        "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
+        "<end_of_utterance>", "<EOT>", "_<EOT>", "< EOT >",
+    }
+)  # fmt: skip
+"""What ends a turn or a text, by its name: converters often write one key of the three, and leave the token that a chat
+template ends with to be found by those who serve (as llama.cpp does)."""
+
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:

@@ -92,9 +92,13 @@ def _intermediate_size(file: GgufFile, prefix: str, num_layers: int) -> int:
     return max(dense, used * file.get(f"{prefix}.expert_feed_forward_length", int, dense))
 
 
+_BUILT_IN_WINDOWS = {"gemma2": 4096}
+"""Where the header says nothing: files from before the key existed (llama.cpp has this number built in)."""
+
+
 def layer_windows(file: GgufFile, prefix: str, num_layers: int) -> tuple[list[int | None], tuple[str, ...]]:
     """The window of each layer, and what a user should know of how it was found."""
-    window = file.get(f"{prefix}.attention.sliding_window", int, 0)
+    window = file.get(f"{prefix}.attention.sliding_window", int, _BUILT_IN_WINDOWS.get(prefix, 0))
     if window <= 0:
         return [None] * num_layers, ()
     key = f"{prefix}.attention.sliding_window_pattern"

@@ -6,9 +6,9 @@ import array
 from dataclasses import replace
 from typing import Any
 
-from ..spec import ExpertsSpec, ModelError, ModelSpec
+from ..spec import ExpertsSpec, ModelError, ModelSpec, with_extended_positions
 from .gguf_families import GGUF_FAMILIES, MIXTRAL, GgufFamily
-from .gguf_file import GgufFile
+from .gguf_file import END_PIECES, GgufFile
 from .gguf_outline import layer_windows
 from .gguf_rope import read_local_rope, read_rope
 from .outline import checked_num_layers
@@ -78,12 +78,14 @@ def read_gguf_spec(file: GgufFile) -> ModelSpec:
         bos_token_id=_token_id(file, "bos_token_id", vocab_size),
         windows=_layer_windows(file, prefix, num_layers),
     )
-    return replace(common, **_family_fields(file, prefix, common))
+    return with_extended_positions(replace(common, **_family_fields(file, prefix, common)))
 
 
 def read_eos_ids(file: GgufFile, vocab_size: int) -> tuple[int, ...]:
     """Every id that ends a turn, without repetition."""
-    ids = (_token_id(file, key, vocab_size) for key in _EOS_KEYS)
+    ids = [_token_id(file, key, vocab_size) for key in _EOS_KEYS]
+    pieces = file.strings("tokenizer.ggml.tokens") or []
+    ids += [token_id for token_id, piece in enumerate(pieces[:vocab_size]) if piece in END_PIECES]
     return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
 
 

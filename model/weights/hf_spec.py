@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..spec import ModelSpec, RopeSpec
+from ..spec import ModelSpec, RopeSpec, with_extended_positions
 from .hf_config import HfConfig
 from .hf_families import hf_family, read_activation
 from .jsonfile import read_json_object, read_optional_json_object
@@ -51,7 +51,7 @@ def read_hf_spec(directory: Path, tensor_names: Collection[str] | None) -> Model
         bos_token_id=first_id(config.values.get("bos_token_id")),
         activation=read_activation(config),
     )
-    return _with_extended_positions(replace(common, **family.fields(config, head_dim)))
+    return with_extended_positions(replace(common, **family.fields(config, head_dim)))
 
 
 def read_eos_ids(directory: Path, config: dict[str, Any] | None = None) -> tuple[int, ...]:
@@ -82,11 +82,3 @@ def _is_tied(config: HfConfig, tensor_names: Collection[str] | None) -> bool:
     if not has_head and config.values.get("tie_word_embeddings") is False:
         config.fail("tie_word_embeddings is false, but there is no lm_head.weight", "download the whole model again")
     return not has_head
-
-
-def _with_extended_positions(spec: ModelSpec) -> ModelSpec:
-    """YaRN's factor says how many positions the model knows; configs often keep the number of before the extension."""
-    if spec.rope.kind != "yarn":
-        return spec
-    extended = int(spec.rope.factor * spec.rope.original_max_position_embeddings)
-    return replace(spec, max_position_embeddings=max(spec.max_position_embeddings, extended))

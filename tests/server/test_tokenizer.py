@@ -64,7 +64,7 @@ def test_default_model_equals_transformers(default: Tokenizer) -> None:
 
 @pytest.mark.real_model
 def test_default_models_special_tokens(default: Tokenizer) -> None:
-    assert (default.vocab_size, default.bos_token_id, default.eos_token_ids) == (49152, 1, (2,))
+    assert (default.vocab_size, default.bos_token_id, default.eos_token_ids) == (49152, 1, (2, 0))
     assert (default.bos_token, default.eos_token) == ("<|im_start|>", "<|im_end|>")
     ids = default.encode("<|im_start|>hi<|im_end|>", add_special_tokens=True)
     assert ids[0] == 1
@@ -119,13 +119,17 @@ SPM_WORDS = [
 ]
 
 
-def write_spm(path: Path, kind: str = "llama", **flags: bool) -> ModelFiles:
-    pieces = SPM_PIECES + SPM_WORDS
-    writer = GGUFWriter(str(path), "llama")
+# Markers of turns as converters type them: control, plain, control.
+TURN_PIECES = {"<|user|>": 3, "<|end|>": 1, "<|endoftext|>": 3}
+
+
+def write_spm(path: Path, kind: str = "llama", arch: str = "llama", **flags: bool) -> ModelFiles:
+    pieces = [*SPM_PIECES, *SPM_WORDS, *TURN_PIECES]
+    writer = GGUFWriter(str(path), arch)
     writer.add_tokenizer_model(kind)
     writer.add_token_list(pieces)
-    writer.add_token_scores([0.0] * len(SPM_PIECES) + [-float(index) for index in range(len(SPM_WORDS))])
-    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(SPM_WORDS))
+    writer.add_token_scores([0.0] * len(SPM_PIECES) + [-float(index) for index in range(len(SPM_WORDS) + 3)])
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(SPM_WORDS) + [*TURN_PIECES.values()])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
@@ -156,6 +160,20 @@ def test_sentencepiece_without_prefix_or_bos(tmp_path: Path) -> None:
     ids = tokenizer.encode("hello", add_special_tokens=True)
     assert tokenizer.token_text(ids[0]) == "h"
     assert tokenizer.decode(ids, skip_special_tokens=True) == "hello"
+
+
+@pytest.mark.parametrize(("arch", "swallows"), [("llama", False), ("phi3", True)])
+def test_markers_of_turns(tmp_path: Path, arch: str, swallows: bool) -> None:
+    """They are control tokens whatever the file types them as, and Phi-3's take the whitespace behind them."""
+    tokenizer = load_tokenizer(write_spm(tmp_path / "spm.gguf", arch=arch))
+    ids = tokenizer.encode("<|user|>\nhello<|end|>\nhello", add_special_tokens=False)
+    pieces = [tokenizer.piece(token_id) for token_id in ids]
+    gap = [] if swallows else ["▁", "<0x0A>"]
+    word = ["▁hello"] if swallows else ["h", "el", "lo"]
+    assert pieces == ["<|user|>", *gap, *word, "<|end|>", *gap, *word]
+    assert "<" not in tokenizer.decode(ids, skip_special_tokens=True)
+    kept = tokenizer.encode("<|endoftext|> hello", add_special_tokens=False)
+    assert tokenizer.piece(kept[1]) == "▁"
 
 
 def test_unigram_takes_the_likeliest_pieces(tmp_path: Path) -> None:

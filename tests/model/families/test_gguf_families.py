@@ -130,3 +130,11 @@ def test_what_a_family_lacks_is_one_clear_line(
     with pytest.raises(ModelError, match=message) as caught:
         open_gguf(path)
     assert "\n" not in str(caught.value)
+
+
+def test_gemma_2s_window_is_known_where_the_header_is_older_than_the_key(tmp_path: Path) -> None:
+    family = save_family("gemma2", tmp_path / "hf")
+    family.oracle.config.sliding_window = None
+    windows = open_gguf(export_gguf(family.oracle, tmp_path / "m.gguf")).spec.windows
+    assert set(windows) == {0, 4096}
+    assert windows[:2] == (4096, 0)

@@ -48,6 +48,7 @@ def refusal(directory: Path, impl: Any = "auto") -> str:
         ("BertLMHeadModel", {}, "its attention mask is neither causal nor a sliding window"),
         ("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention", "conv"]}, "it has layers of the kind 'conv'"),
         ("BertForSequenceClassification", {}, "it is no causal language model of text alone"),
+        ("Gemma3ForConditionalGeneration", {"vision_config": {}}, "it is no causal language model of text alone"),
         ("DeepseekV32ForCausalLM", {"num_key_value_heads": 4}, "it has layers of the kind 'indexed_attention'"),
     ],
 )
@@ -66,6 +67,12 @@ def test_an_architecture_that_nobody_knows(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "modeling_nobody.py").write_text("raise SystemExit('this ran')")
     assert "does not know it either, and code that lies beside the weights is never run" in refusal(tmp_path)
+
+
+def test_a_kind_that_is_no_string(tmp_path: Path) -> None:
+    config = {**COMMON, "architectures": ["GPTNeoXForCausalLM"], "model_type": ["gpt_neox"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "does not know it either" in refusal(tmp_path)
 
 
 def test_no_family_is_wanted_where_there_is_none(tmp_path: Path) -> None:

@@ -152,12 +152,27 @@ def test_missing_tensor_is_named(tmp_path: Path) -> None:
         source.weight("lm_head.weight")
 
 
+def test_ends_of_turns_are_found_by_name(tmp_path: Path) -> None:
+    """Converters name one of them in the header, and chat templates end with another."""
+    names = {3: "<|eot_id|>", 5: "<end_of_turn>", 6: "<|im_start|>", 9: "<|end|>"}
+    assert open_gguf(write_llama_gguf(tmp_path / "m.gguf", pieces=names)).spec.eos_token_ids == (2, 3, 5, 9)
+
+
+def test_yarn_extends_what_the_header_calls_the_context(tmp_path: Path) -> None:
+    yarn: dict[str, object] = {
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.scaling.factor": 4.0,
+        "llama.rope.scaling.original_context_length": 128,
+    }
+    assert open_gguf(write_llama_gguf(tmp_path / "m.gguf", extra=yarn)).spec.max_position_embeddings == 512
+
+
 @pytest.mark.real_model
 def test_default_model_matches_its_file() -> None:
     from octavo.model.weights.resolve import resolve_model
 
     source = open_weights(str(resolve_model(None).path))
-    assert (source.spec.num_hidden_layers, source.spec.vocab_size, source.spec.eos_token_ids) == (30, 49152, (2,))
+    assert (source.spec.num_hidden_layers, source.spec.vocab_size, source.spec.eos_token_ids) == (30, 49152, (2, 0))
     for name in ("model.layers.3.mlp.up_proj.weight", "model.layers.29.self_attn.q_proj.weight"):
         weight = source.weight(name)
         expected = torch.from_numpy(dequantize(weight.raw().numpy(), GGMLQuantizationType[weight.encoding]))

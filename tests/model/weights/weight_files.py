@@ -43,8 +43,10 @@ def write_llama_gguf(
     quant: GGMLQuantizationType = GGMLQuantizationType.F32,
     arch: str = "llama",
     extra: dict[str, object] | None = None,
+    pieces: dict[int, str] | None = None,
 ) -> Path:
-    """A complete tiny llama; matrices in `quant`, vectors in F32, q and k interleaved as llama.cpp has them."""
+    """A complete tiny llama; matrices in `quant`, vectors in F32, q and k interleaved as llama.cpp has them. `pieces`
+    names tokens of the vocabulary."""
     writer = GGUFWriter(str(path), arch)
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
@@ -59,7 +61,7 @@ def write_llama_gguf(
     writer.add_eot_token_id(3)
     writer.add_bos_token_id(1)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{index}" for index in range(VOCAB)])
+    writer.add_token_list([(pieces or {}).get(index, f"t{index}") for index in range(VOCAB)])
     for key, value in (extra or {}).items():
         if isinstance(value, str):
             writer.add_string(key, value)
