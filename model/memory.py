@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,9 +148,9 @@ def fit_cache(spec: ModelSpec, layout: KvLayout, request: CacheRequest, free: Fr
     if request.max_model_len is not None:
         split = replace(split, must_fit=split.longest_that_fits(budget))
     blocks = split.largest(budget)
-    needed = min(_MIN_USABLE_BLOCKS, -(-wanted_len // request.block_size))
-    if min(blocks, default=0) < needed:
-        raise ModelError(_too_small(request, budget, split.num_bytes([needed] * len(layout.groups))))
+    needed = split.of_sequence(min(wanted_len, _MIN_USABLE_BLOCKS * request.block_size))
+    if not blocks or any(count < least for count, least in zip(blocks, needed, strict=True)):
+        raise ModelError(_too_small(request, budget, split.num_bytes(split.blocks(max(needed)))))
     num_bytes, max_model_len = split.num_bytes(blocks), split.longest_sequence(blocks)
     if request.kv_cache_memory is not None:
         _check_free(num_bytes, free)
@@ -190,7 +191,7 @@ def _wanted_len(spec: ModelSpec, request: CacheRequest) -> int:
 
 def _too_small(request: CacheRequest, budget: int, needed: int) -> str:
     have = f"{budget / 2**20:.1f} MiB"
-    need = f"{needed / 2**20:.1f} MiB"
+    need = f"{math.ceil(10 * needed / 2**20) / 10:.1f} MiB"
     if request.kv_cache_memory is not None:
         return f"kv-cache-memory of {have} holds too few blocks of {request.block_size} tokens; give at least {need}"
     return (

@@ -51,7 +51,13 @@ class PoolSplit:
 
     def blocks(self, level: int) -> list[int]:
         """Of each group's pool."""
-        return [max(self._grown(group, level), self._needed(group, 1, self.must_fit)) for group in self.layout.groups]
+        floors = self.of_sequence(self.must_fit)
+        return [max(self._grown(group, level), floor) for group, floor in zip(self.layout.groups, floors, strict=True)]
+
+    def of_sequence(self, num_tokens: int) -> list[int]:
+        """Blocks of each pool with which a sequence of so many tokens runs by itself: its prompt in parts as small as
+        they must be."""
+        return [group.layer.blocks_of_sequence(num_tokens, self.block_size) for group in self.layout.groups]
 
     def _grown(self, group: KvGroup, level: int) -> int:
         mark = self.mark
@@ -93,8 +99,7 @@ class PoolSplit:
         """Tokens of the longest sequence, `max_model_len` at most, that could run in so much memory by itself."""
 
         def fits(num_blocks: int) -> bool:
-            tokens = num_blocks * self.block_size
-            return self.num_bytes([self._needed(group, 1, tokens) for group in self.layout.groups]) <= num_bytes
+            return self.num_bytes(self.of_sequence(num_blocks * self.block_size)) <= num_bytes
 
         most = -(-self.max_model_len // self.block_size)
         num_blocks = most if fits(most) else _largest(fits)

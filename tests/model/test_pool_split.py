@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -184,3 +185,41 @@ def test_sequences_hold_their_windows_and_share_a_step(window: int) -> None:
     assert layer.blocks_of_sequences(5, 10_000, 16, 64) == 5 * steady + 4
     assert layer.blocks_of_sequences(5, 16, 16, 64) == 5
     assert replace(layer, window=None).blocks_of_sequences(5, 33, 16, 64) == 15
+
+
+def test_a_long_context_is_not_refused_for_the_sake_of_large_steps() -> None:
+    """A prompt runs in smaller parts where a windowed pool is small (tests/scheduler/test_window_scheduling.py)."""
+    layout = group_layers([KvLayer(4, 64, 64)] * 3 + [KvLayer(4, 64, 64, 512)] * 15)
+    spec = replace(SPEC, max_position_embeddings=32768)
+    for step_tokens in (512, 8192):
+        request = CacheRequest(
+            block_size=32, dtype=torch.bfloat16, max_num_seqs=256, max_num_batched_tokens=step_tokens,
+            kv_cache_memory=160 * 2**20, max_model_len=32768,
+        )  # fmt: skip
+        plan = fit_cache(spec, layout, request, FreeMemory("cpu", 2**40, 2**40))
+        assert plan.max_model_len == 32768
+        assert plan.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("memory", "windows", "longest"), [(2_300_000, (None, 64), 1984), (400_000, (64,), 2048)], ids=["both", "window"]
+)
+def test_a_pool_of_small_windows_needs_no_more_than_they_hold(
+    memory: int, windows: tuple[int | None, ...], longest: int
+) -> None:
+    layout = group_layers([KvLayer(4, 64, 64, window) for window in windows])
+    request = CacheRequest(
+        block_size=64, dtype=torch.bfloat16, max_num_seqs=1, max_num_batched_tokens=64, kv_cache_memory=memory,
+        max_model_len=2048,
+    )  # fmt: skip
+    plan = fit_cache(SPEC, layout, request, FreeMemory("cpu", 2**40, 2**40))
+    assert plan.max_model_len == longest
+
+
+def test_what_is_said_to_be_enough_is_enough() -> None:
+    layout = group_layers([KvLayer(8, 128, 128)] + [KvLayer(8, 128, 128, 64)] * 7)
+    with pytest.raises(ModelError, match=r"give at least (\d+\.\d) MiB") as caught:
+        fit(layout, 2**40, 2**20, None, 256)
+    least = re.search(r"at least (\d+\.\d) MiB", str(caught.value))
+    assert least is not None
+    assert fit(layout, 2**40, int(float(least[1]) * 2**20), None, 256).max_model_len >= 32
