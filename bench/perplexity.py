@@ -50,7 +50,7 @@ def perplexity(path: Path, token_ids: list[int], *, dtype: str, backend: str) ->
     runner.allocate_cache(
         kv_cache_memory=2**28, max_num_seqs=count, max_model_len=count, max_num_batched_tokens=count + 1
     )
-    blocks = (list(range(1, -(-count // _BLOCK) + 1)),)
+    blocks = (list(range(1, -(-count // _BLOCK) + 1)),) * runner.num_groups
     with torch.inference_mode():
         logits = (_one_by_one if backend == "cpu-integer" else _at_once)(runner, token_ids, blocks).float()
         losses = torch.nn.functional.cross_entropy(logits, torch.tensor(token_ids[1:]))
@@ -58,14 +58,15 @@ def perplexity(path: Path, token_ids: list[int], *, dtype: str, backend: str) ->
     return Score(weights, dtype, backend if backend == "cpu-integer" else runner.backend.name, math.exp(losses.item()))
 
 
-def _at_once(runner: ModelRunner, token_ids: list[int], blocks: tuple[list[int]]) -> torch.Tensor:
+def _at_once(runner: ModelRunner, token_ids: list[int], blocks: tuple[list[int], ...]) -> torch.Tensor:
     count = len(token_ids)
     row = ScheduledRow("text/0", token_ids, count, 0, count, blocks, SamplingParams(), 0)
-    batch = build_forward_batch(ScheduledBatch([row], 0), _BLOCK, torch.device("cpu"), [BlockTables()])
+    tables = [BlockTables(group) for group in range(runner.num_groups)]
+    batch = build_forward_batch(ScheduledBatch([row], 0), _BLOCK, torch.device("cpu"), tables)
     return runner._forward(replace(batch, logits_indices=torch.arange(count - 1)))
 
 
-def _one_by_one(runner: ModelRunner, token_ids: list[int], blocks: tuple[list[int]]) -> torch.Tensor:
+def _one_by_one(runner: ModelRunner, token_ids: list[int], blocks: tuple[list[int], ...]) -> torch.Tensor:
     rows = [
         ScheduledRow("text/0", token_ids[: end + 1], 1, end, 1, blocks, SamplingParams(), 0)
         for end in range(len(token_ids) - 1)
