@@ -10,6 +10,8 @@ import pytest
 import torch
 from family_models import CASES, Family, assert_answers_equal, open_engine, prompts, save_family
 from octavo.kernels.cpu.library import supported_isas
+from octavo.model.kv_layout import kv_layout
+from octavo.model.weights.open import open_weights
 
 LENGTHS = (3, 90, 31, 1, 64, 120, 17)
 NUM_OUTPUT_TOKENS = 12
@@ -62,6 +64,18 @@ def test_the_kernels_for_gpus_give_the_same_answers(tmp_path: Path, case: str, p
     assert_answers_equal(family, asked, engine.answer(asked, 3))
     ready = engine.client.ready
     proves(architecture=ready.architecture, path="native", weights="safetensors", backend=ready.backend.split()[0])
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH)
+def test_preempted_sequences_go_on_as_if_nothing_had_happened(tmp_path: Path, case: str) -> None:
+    family = save_family(case, tmp_path)
+    layout = kv_layout(open_weights(str(tmp_path)).spec)
+    # One block less than two of the longest sequences hold, and the one that is nobody's.
+    num_blocks = 2 * max(group.layer.blocks_of_sequence(100, 16) for group in layout.groups)
+    engine = open_engine(tmp_path, kv_cache_memory=num_blocks * layout.block_bytes(16, 4), max_model_len=100)
+    asked = prompts((40, 44, 30, 47))
+    assert_answers_equal(family, asked, engine.answer(asked, 40))
+    assert engine.core.scheduler.counters.num_preemptions > 0
 
 
 @backends
