@@ -111,6 +111,9 @@ class ModelRunner:
             with _needing_memory(f"the weights ({self.weight_bytes / 2**30:.2f} GiB)", _SMALLER_WEIGHTS):
                 self._model = load_model(source, self.backend, lambda share: report("load", share))
                 self._sampler = Sampler(self.spec.vocab_size, self._device, as_drawing_backend(self.backend))
+        self._positioned = self._model if isinstance(self._model, PositionedCausalLM) else None
+        """The model, if its steps are more than the backend's operators: it must be told where their tokens stand, and
+        it can neither be recorded nor captured."""
         self._block_tables = [BlockTables(group) for group in range(len(self._model.layer_groups))]
         self._kv_pools: tuple[torch.Tensor, ...] = ()
         self._kv_layers: list[torch.Tensor] = []
@@ -158,16 +161,11 @@ class ModelRunner:
             request = replace(request, step_bytes=self._measure_step(memory, request))
         plan = plan_cache(self.spec, request, self._device)
         self._set_up(plan, request)
-        recording_backend = as_recording_backend(self.backend) if self._only_operators else None
+        recording_backend = as_recording_backend(self.backend) if self._positioned is None else None
         if recording_backend is not None:
             self._record(recording_backend, max_num_seqs, max_num_batched_tokens)
         self.phases["allocate_cache"] = time.perf_counter() - started
         return plan
-
-    @property
-    def _only_operators(self) -> bool:
-        """Whether a step is nothing but the backend's operators, so that it can be recorded or captured."""
-        return not isinstance(self._model, PositionedCausalLM)
 
     def _set_up(self, plan: CachePlan, request: CacheRequest) -> None:
         """Allocate the pools and what goes with them."""
@@ -178,7 +176,7 @@ class ModelRunner:
         what = f"the rotations of {plan.max_model_len} positions"
         with _needing_memory(what, "give a smaller max-model-len or kv-cache-memory"):
             self._model.prepare(plan.max_model_len)
-        device_backend = as_device_backend(self.backend) if self._only_operators else None
+        device_backend = as_device_backend(self.backend) if self._positioned is None else None
         if device_backend is not None:
             self._decode = DecodeAhead(
                 self._model,
@@ -301,8 +299,8 @@ class ModelRunner:
             self.backend.plan_attention(inputs, group.attention, self.block_size)
             for inputs, group in zip(batch.attention, self._model.layer_groups, strict=True)
         )
-        if isinstance(self._model, PositionedCausalLM):
-            self._model.place(batch.attention[0].positions)
+        if self._positioned is not None:
+            self._positioned.place(batch.attention[0].positions)
         return self._step(batch.token_ids, plans, batch.logits_indices)
 
     def _compute(self, token_ids: torch.Tensor, plans: tuple[Any, ...], logits_indices: torch.Tensor) -> torch.Tensor:

@@ -176,8 +176,9 @@ def test_of_a_repository_only_the_config_is_fetched(hub: FakeHub, tmp_path: Path
 @pytest.mark.parametrize(("name", "num_requests"), [("small.gguf", 1), ("large.gguf", 2)])
 def test_of_a_gguf_file_only_the_header_is_fetched(hub: FakeHub, tmp_path: Path, name: str, num_requests: int) -> None:
     done = plan(hub, tmp_path, f"org/name:{name}")
-    assert done.returncode == 1, done.stderr  # tensors are missing from it: numbers, and no server
+    assert done.returncode == 1, done.stderr  # numbers, and no server
     model = json.loads(done.stdout)["model"]
+    assert "the checkpoint lacks tensor model.layers.0" in model["refusal"]
     assert model["read"] == f"the header of {name}"
     assert model["stored_bytes"] == len(hub.files[name])
     assert model["num_parameters"] == 32768 * 64

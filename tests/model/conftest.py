@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -227,3 +227,12 @@ def tiny_model(llama_config: Callable[..., LlamaConfig]) -> Callable[..., TinyMo
         return TinyModel(oracle.to(runner.backend.dtype), runner, plan, rng, free_blocks)
 
     return make
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Matrices this small are not worth waking other threads for, least of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -7,7 +7,7 @@ NaN, the reserved one included, so whatever reads one of them ends its request.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,16 +87,8 @@ class WindowedEngine:
         assert list(said) == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MakeEngine = Callable[..., WindowedEngine]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small are not worth waking other threads for, least of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 /* The product of one row with a quantised matrix in integers: codes as they are, and the row rounded to 16 bits, of
- * which every 32 inputs have a scale of their own. Nothing is dequantised, so it is about twice as fast as
- * dequantising for a single row; with more rows that pays for itself. It rounds otherwise than the other products do,
- * so it serves only where it was asked for (n[1] of OV_LINEAR).
+ * which every 32 inputs have a scale of their own. Nothing is dequantised, which is cheaper for a single row; with more
+ * rows dequantising pays for itself. It rounds otherwise than the other products do, so it serves only where it was
+ * asked for (n[1] of OV_LINEAR).
  *
  * Sums of a step are exact; they are scaled and added up in fp32, the inputs in order, in a fixed number of lanes. */
 
