@@ -8,14 +8,14 @@
 
 #ifdef OV_AMX
 
+#include "attention_fetch_impl.h"
 #include "attention_softmax_impl.h"
 
 #define OV_TILE_ELEMENTS (16 * 32)
 
 /* Scores of 16 rows of q (q_stride elements apart, padded with zeros to steps of 32 dimensions) against up to four
- * times sixteen keys; a NULL among them is left out. ahead: for each of these, what to ask for meanwhile; or NULL.
- * last: the room of the last 16 dimensions, where head_dim % 32 is 16. */
-static void ov_amx_scores(const uint16_t *q, int64_t q_stride, const void *const *keys, const void *const *ahead,
+ * times sixteen keys; a NULL among them is left out. fetch: what to ask for meanwhile. last: the room of the last 16 dimensions, where head_dim % 32 is 16. */
+static void ov_amx_scores(const uint16_t *q, int64_t q_stride, const void *const *keys, OvFetch *fetch,
                           int64_t width, float *scores, uint16_t *last) {
     const uint16_t *from[4], *any = NULL;
     for (int i = 0; i < 4; i++)
@@ -27,25 +27,24 @@ static void ov_amx_scores(const uint16_t *q, int64_t q_stride, const void *const
     OV_TILE_ZERO(3);
     for (int64_t d = 0; d < width; d += 32) {
         OV_TILE_LOAD(4, q + d, 2 * q_stride);
-        const uint16_t *tiles[4], *next[4];
+        const uint16_t *tiles[4];
         for (int i = 0; i < 4; i++) {
             tiles[i] = from[i] + d * OV_KEYS;
-            next[i] = ahead && ahead[i] ? (const uint16_t *)ahead[i] + d * OV_KEYS : NULL;
             if (width - d >= 32) continue;
             uint16_t *room = last + i * OV_TILE_ELEMENTS; /* its second half stays zero */
             memcpy(room, tiles[i], 16 * OV_KEYS * sizeof *room);
             tiles[i] = room;
         }
-        ov_fetch_ahead(next[0], 1024);
+        ov_fetch(fetch, 1024);
         OV_TILE_LOAD(5, tiles[0], 64);
         OV_TILE_DOT(0, 4, 5);
-        ov_fetch_ahead(next[1], 1024);
+        ov_fetch(fetch, 1024);
         OV_TILE_LOAD(6, tiles[1], 64);
         OV_TILE_DOT(1, 4, 6);
-        ov_fetch_ahead(next[2], 1024);
+        ov_fetch(fetch, 1024);
         OV_TILE_LOAD(7, tiles[2], 64);
         OV_TILE_DOT(2, 4, 7);
-        ov_fetch_ahead(next[3], 1024);
+        ov_fetch(fetch, 1024);
         OV_TILE_LOAD(5, tiles[3], 64);
         OV_TILE_DOT(3, 4, 5);
     }
@@ -76,7 +75,7 @@ static void ov_copy_values(uint16_t *to, const void *const *values, int64_t begi
 typedef struct {
     const uint16_t *weights;    /* of 16 rows, 2 * OV_CHUNK elements apart */
     const void *const *values;  /* of every sixteen keys of the chunk */
-    const void *const *ahead;   /* for each of these, what to ask for meanwhile; or NULL */
+    OvFetch *fetch;             /* what to ask for meanwhile */
     int64_t begin, end;         /* keys of the chunk that may be read */
     int64_t width;              /* head_dim */
     uint16_t *copy;             /* [16][64][2] */
@@ -109,10 +108,7 @@ static void ov_amx_values(const OvAmxValues *v, float *out) {
         for (int64_t s = first; s < last; s++) {
             int64_t stride;
             const uint16_t *from = ov_amx_values_at(v, s, d, dims, &stride);
-            for (int half = 0; half < 2 && v->ahead; half++) {
-                const char *next = (const char *)v->ahead[2 * s + half];
-                ov_fetch_ahead(next ? next + 32 * d : NULL, 32 * dims);
-            }
+            ov_fetch(v->fetch, 64 * dims);
             OV_TILE_LOAD(4, v->weights + s * OV_STEP, 4 * OV_CHUNK);
             OV_TILE_LOAD(5, from, stride);
             OV_TILE_DOT(0, 4, 5);

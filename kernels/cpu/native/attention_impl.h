@@ -15,13 +15,12 @@
 
 #include "attention_amx_impl.h"
 #include "attention_dot_impl.h"
+#include "attention_fetch_impl.h"
 #include "attention_items_impl.h"
 #include "elementwise_impl.h"
 
 #define OV_ITEM_ROWS (4 * OV_TILE)
 #define OV_ITEM_FLOATS (OV_TILE * OV_MAX_HEAD_DIM) /* rows of an item times head_dim, at most */
-#define OV_CHUNK_KEYS (OV_CHUNK / OV_KEYS)
-#define OV_AHEAD 4 /* times sixteen keys: how long before its use K or V is asked for; 8 KB at head_dim 64 */
 
 /* What a thread needs for an item. */
 typedef struct {
@@ -38,7 +37,7 @@ typedef struct {
 _Static_assert(sizeof(OvAttentionScratch) <= OV_ATTENTION_SCRATCH, "more scratch than ov_attention_workspace says");
 
 /* An item under way. */
-typedef struct {
+typedef struct OvItem {
     const OvOp *op;
     const OvAttention *spec;
     OvAttentionScratch *scratch;
@@ -46,15 +45,14 @@ typedef struct {
     const int64_t *table;                      /* the sequence's blocks */
     int64_t first_token, head, width;
     int64_t first_row, num_rows;               /* of the sequence */
+    int64_t first_chunk, num_chunks;
     int64_t q_stride;                          /* elements */
     OvRange seen[OV_ITEM_ROWS];                /* keys that each row sees */
     int64_t chunk;
     /* K and V of every sixteen keys of the chunk; NULL where nobody looks. */
     const void *keys[OV_CHUNK_KEYS], *values[OV_CHUNK_KEYS];
-    /* While each of these is computed with: what to ask for, since it comes OV_AHEAD later; or NULL. */
-    const void *after_keys[OV_CHUNK_KEYS], *after_values[OV_CHUNK_KEYS];
-    int64_t first_group, end_group;            /* of the chunk, those that are not NULL */
-    int ahead;                                 /* whether to ask: the first tile of an item does */
+    OvFetch *values_to_come, *keys_to_come;    /* to ask for while K, and while V, are computed with */
+    const struct OvItem *next;                 /* of this thread, or NULL */
 } OvItem;
 
 OV_INLINE OvRowState ov_row_state(const OvItem *item, int64_t row) {
@@ -99,30 +97,31 @@ OV_INLINE void ov_find_keys(OvItem *item, int64_t begin, int64_t end, int bf16) 
     int64_t to_values = ov_kv_offset(item->spec, 0, 1, 0) * (bf16 ? 2 : 4), base = item->chunk * OV_CHUNK;
     memset(item->keys, 0, sizeof item->keys);
     memset(item->values, 0, sizeof item->values);
-    item->first_group = begin / OV_KEYS;
-    item->end_group = ov_ceil_div(end, OV_KEYS);
-    for (int64_t g = item->first_group; g < item->end_group; g++) {
+    for (int64_t g = begin / OV_KEYS; g < ov_ceil_div(end, OV_KEYS); g++) {
         const char *keys = ov_keys_at(item, base + g * OV_KEYS, bf16);
         item->keys[g] = keys;
         item->values[g] = keys + to_values;
     }
 }
 
-/* What comes OV_AHEAD groups of keys after each: K of the chunk is followed by its V, and that by K of the next chunk,
- * of which the item will look at keys up to `end`. */
-OV_INLINE void ov_look_ahead(OvItem *item, int64_t end, int bf16) {
-    int64_t first = item->first_group, count = item->end_group - first, next = (item->chunk + 1) * OV_CHUNK;
-    memset(item->after_keys, 0, sizeof item->after_keys);
-    memset(item->after_values, 0, sizeof item->after_values);
-    for (int64_t i = 0; i < 2 * count; i++) {
-        int64_t later = i + OV_AHEAD, position = next + (later - 2 * count) * OV_KEYS;
-        const void *what = NULL;
-        if (later < count) what = item->keys[first + later];
-        else if (later < 2 * count) what = item->values[first + later - count];
-        else if (position < end) what = ov_keys_at(item, position, bf16);
-        if (i < count) item->after_keys[first + i] = what;
-        else item->after_values[first + i - count] = what;
-    }
+/* K (which = 0) or V (1) of the blocks of a chunk that the item's rows look at, to be asked for. */
+OV_INLINE OvFetch ov_chunk_to_come(const OvItem *item, int64_t chunk, int which, int bf16) {
+    const int64_t base = chunk * OV_CHUNK, last = item->first_row + item->num_rows - 1, size = item->spec->block_size;
+    const int64_t begin = ov_seen_keys(item->sequence, item->first_row).begin;
+    const int64_t end = ov_min(ov_seen_keys(item->sequence, last).end, base + OV_CHUNK);
+    OvFetch fetch = {.bytes = size * item->width * (bf16 ? 2 : 4)};
+    for (int64_t block = (begin > base ? begin : base) / size; block * size < end; block++)
+        fetch.stretches[fetch.count++] =
+            ov_at(item->op->out2, ov_kv_offset(item->spec, item->table[block], which, item->head), bf16);
+    if (fetch.count == 0) fetch.bytes = 0;
+    return fetch;
+}
+
+/* K of what comes after the item's chunk: its next one, or the next item's first. */
+OV_INLINE OvFetch ov_keys_to_come(const OvItem *item, int bf16) {
+    if (item->chunk + 1 < item->first_chunk + item->num_chunks)
+        return ov_chunk_to_come(item, item->chunk + 1, 0, bf16);
+    return item->next == NULL ? (OvFetch){0} : ov_chunk_to_come(item->next, item->next->first_chunk, 0, bf16);
 }
 
 /* Keys of the item's chunk that row `row` of the item sees. */
@@ -156,13 +155,13 @@ OV_INLINE void ov_chunk_scores(const OvItem *item, int64_t row, int rows, OvRang
 #ifdef OV_AMX
     if (form == OV_PAIRS) {
         for (int64_t g = first / 4 * 4; g < last; g += 4)
-            ov_amx_scores((const uint16_t *)q, item->q_stride, item->keys + g, item->ahead ? item->after_keys + g : NULL,
-                          item->width, s->scores + g * OV_KEYS, s->last);
+            ov_amx_scores((const uint16_t *)q, item->q_stride, item->keys + g, item->values_to_come, item->width,
+                          s->scores + g * OV_KEYS, s->last);
         return;
     }
 #endif
     for (int64_t g = first; g < last; g++) {
-        if (item->ahead) ov_fetch_ahead(item->after_keys[g], group_bytes);
+        ov_fetch(item->values_to_come, group_bytes);
         ov_score_keys(q, item->q_stride, item->keys[g], item->width, s->scores + g * OV_KEYS, rows, form);
     }
 }
@@ -173,8 +172,8 @@ OV_INLINE void ov_chunk_values(const OvItem *item, int rows, OvRange keys, OvFor
     (void)group_bytes;
 #ifdef OV_AMX
     if (form == OV_PAIRS) {
-        const void *const *ahead = item->ahead ? item->after_values : NULL;
-        OvAmxValues v = {(const uint16_t *)s->scores, item->values, ahead, keys.begin, keys.end, item->width, s->copy};
+        OvAmxValues v = {(const uint16_t *)s->scores, item->values, item->keys_to_come, keys.begin, keys.end,
+                         item->width, s->copy};
         ov_amx_values(&v, s->part);
         return;
     }
@@ -183,7 +182,7 @@ OV_INLINE void ov_chunk_values(const OvItem *item, int rows, OvRange keys, OvFor
     for (int64_t g = keys.begin / OV_KEYS; g * OV_KEYS < keys.end; g++) {
         int64_t base = g * OV_KEYS, begin = keys.begin > base ? keys.begin - base : 0;
         const char *weights = (const char *)s->scores + base * (form == OV_PAIRS ? 2 : 4);
-        if (item->ahead) ov_fetch_ahead(item->after_values[g], group_bytes);
+        ov_fetch(item->keys_to_come, group_bytes);
         ov_add_values(weights, item->values[g], begin, ov_min(keys.end - base, OV_KEYS), item->width, s->part, rows,
                       form);
     }
@@ -252,22 +251,23 @@ OV_INLINE void ov_attend_tile(const OvItem *item, int64_t row, int rows, OvForm 
 }
 
 /* All of an item's chunks, into its rows' states. */
-OV_INLINE void ov_attend_chunks(OvItem *item, int64_t first_chunk, int64_t num_chunks, OvForm form) {
+OV_INLINE void ov_attend_chunks(OvItem *item, OvForm form) {
     ov_fetch_queries(item, form);
     for (int64_t r = 0; r < item->num_rows; r++) {
         item->scratch->sum[r] = 0.0f;
         item->seen[r] = ov_seen_keys(item->sequence, item->first_row + r);
     }
-    for (int64_t c = 0; c < num_chunks; c++) {
-        item->chunk = first_chunk + c;
+    for (int64_t c = 0; c < item->num_chunks; c++) {
+        item->chunk = item->first_chunk + c;
         int64_t begin = ov_chunk_keys(item, 0).begin, end = ov_chunk_keys(item, item->num_rows - 1).end;
         if (begin >= end) continue;
         ov_find_keys(item, begin, end, form != OV_FLOATS);
-        ov_look_ahead(item, c + 1 < num_chunks ? item->seen[item->num_rows - 1].end : 0, form != OV_FLOATS);
-        for (int64_t row = 0; row < item->num_rows; row += OV_TILE) {
-            item->ahead = row == 0;
+        OvFetch values = ov_chunk_to_come(item, item->chunk, 1, form != OV_FLOATS);
+        OvFetch keys = ov_keys_to_come(item, form != OV_FLOATS);
+        item->values_to_come = &values;
+        item->keys_to_come = &keys;
+        for (int64_t row = 0; row < item->num_rows; row += OV_TILE)
             ov_attend_tile(item, row, (int)ov_min(OV_TILE, item->num_rows - row), form);
-        }
     }
 }
 
@@ -298,24 +298,33 @@ OV_INLINE void ov_begin_item(OvItem *item, const OvOp *op, const OvStep *step, c
     item->width = op->spec->head_dim;
     item->first_row = 0;
     item->num_rows = walk->sequence.num_rows;
+    item->next = NULL;
 }
 
 /* Item `index` of the walk's sequence: tiles over all chunks, the last tiles (which see most) first; or one chunk. */
-OV_INLINE void ov_attend_item(OvItem *item, const OvWalk *walk, OvWorker *w, int64_t index, OvForm form) {
+OV_INLINE void ov_place_item(OvItem *item, const OvWalk *walk, int64_t index) {
     const OvSequence *s = &walk->sequence;
-    int bf16 = form != OV_FLOATS;
-    if (!walk->split) {
-        int64_t rows = walk->item_tiles * OV_TILE, parts = walk->count / item->spec->num_kv_heads;
-        item->first_row = (parts - 1 - index % parts) * rows;
-        item->num_rows = ov_min(rows, s->num_rows - item->first_row);
-        ov_attend_chunks(item, s->first_chunk, s->num_chunks, form);
-        ov_finish_item(item, bf16);
+    if (walk->split) {
+        item->first_chunk = s->first_chunk + index % s->num_chunks;
+        item->num_chunks = 1;
         return;
     }
-    int64_t chunk = index % s->num_chunks;
-    ov_attend_chunks(item, s->first_chunk + chunk, 1, form);
+    const int64_t rows = walk->item_tiles * OV_TILE, parts = walk->count / item->spec->num_kv_heads;
+    item->first_row = (parts - 1 - index % parts) * rows;
+    item->num_rows = ov_min(rows, s->num_rows - item->first_row);
+    item->first_chunk = ov_seen_keys(s, item->first_row).begin / OV_CHUNK;
+    item->num_chunks = s->first_chunk + s->num_chunks - item->first_chunk;
+}
+
+OV_INLINE void ov_attend_item(OvItem *item, const OvWalk *walk, OvWorker *w, OvForm form) {
+    const OvSequence *s = &walk->sequence;
+    ov_attend_chunks(item, form);
+    if (!walk->split) {
+        ov_finish_item(item, form != OV_FLOATS);
+        return;
+    }
     for (int64_t r = 0; r < item->num_rows; r++) {
-        float *partial = ov_partial(item, walk, w->shared, chunk, r);
+        float *partial = ov_partial(item, walk, w->shared, item->first_chunk - s->first_chunk, r);
         OvRowState state = ov_row_state(item, r);
         if (*state.sum != 0.0f) memcpy(partial, state.values, (size_t)item->width * 4);
         partial[item->width] = *state.max;
@@ -323,16 +332,31 @@ OV_INLINE void ov_attend_item(OvItem *item, const OvWalk *walk, OvWorker *w, int
     }
 }
 
+/* Item `number` of the step, with a walk that has not come past it. */
+OV_INLINE void ov_find_item(OvItem *item, const OvOp *op, const OvStep *step, OvWalk *walk, OvWorker *w,
+                            int64_t number) {
+    ov_walk_to(walk, number);
+    const int64_t index = number - walk->first;
+    ov_begin_item(item, op, step, walk, w->scratch, index / (walk->count / op->spec->num_kv_heads));
+    ov_place_item(item, walk, index);
+}
+
+/* Items are taken and found one ahead, so that the next one's keys can be asked for. */
 OV_INLINE void ov_attend_items(const OvOp *op, const OvStep *step, OvWorker *w, OvForm form) {
-    OvWalk walk = ov_walk(op->spec, step, w->count, 0);
-    int64_t total = ov_walk_total(walk), number;
+    OvWalk walks[2];
+    OvItem items[2];
+    walks[0] = walks[1] = ov_walk(op->spec, step, w->count, 0);
+    int64_t total = ov_walk_total(walks[0]), number = ov_take(w, total, 1);
+    if (number < 0) return;
     memset(((OvAttentionScratch *)w->scratch)->last, 0, sizeof ((OvAttentionScratch *)w->scratch)->last);
-    while ((number = ov_take(w, total, 1)) >= 0) {
-        ov_walk_to(&walk, number);
-        int64_t index = number - walk.first;
-        OvItem item;
-        ov_begin_item(&item, op, step, &walk, w->scratch, index / (walk.count / op->spec->num_kv_heads));
-        ov_attend_item(&item, &walk, w, index, form);
+    ov_find_item(&items[0], op, step, &walks[0], w, number);
+    for (int this = 0; number >= 0; this = 1 - this) {
+        number = ov_take(w, total, 1);
+        if (number >= 0) {
+            ov_find_item(&items[1 - this], op, step, &walks[1 - this], w, number);
+            items[this].next = &items[1 - this];
+        }
+        ov_attend_item(&items[this], &walks[this], w, form);
     }
 }
 

@@ -27,12 +27,6 @@ typedef enum {
 #define OV_BF16_FORM OV_WIDE
 #endif
 
-/* Asks for memory that will be read later; NULL: none. */
-OV_INLINE void ov_fetch_ahead(const void *at, int64_t bytes) {
-    if (at == NULL) return;
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char *)at + i, _MM_HINT_T0);
-}
-
 /* Steps [from, to) of a row's weights become 0. */
 OV_INLINE void ov_no_weights(float *row, int64_t from, int64_t to, OvForm form) {
     size_t bytes = OV_STEP * (form == OV_PAIRS ? 2 : 4);
