@@ -4,8 +4,7 @@
 
 Every encoding that the `gguf` package can write is made from the model's own weights; each is then run in bfloat16 and
 in float32, and compared with the same file's weights dequantised exactly and multiplied in float32 by plain torch.
-`cpu-integer` computes the text token by token, since that backend differs only for a row alone. The text is the
-beginning of Alice's Adventures in Wonderland (Lewis Carroll, 1865).
+The text is the beginning of Alice's Adventures in Wonderland (Lewis Carroll, 1865).
 """
 
 from __future__ import annotations
@@ -42,8 +41,7 @@ class Score:
 
 
 def perplexity(path: Path, token_ids: list[int], *, dtype: str, backend: str) -> Score:
-    """Of tokens 1 … n - 1, each given those before it, computed as one prompt of a server's step; with integer products
-    as a prompt of one token, and n - 2 steps of one."""
+    """Of tokens 1 … n - 1, each given those before it, computed as one prompt of a server's step."""
     config = ModelConfig(path=str(path), dtype=dtype, device="cpu", kernel_backend=backend)  # type: ignore[arg-type]
     runner = ModelRunner(config, block_size=_BLOCK)
     count = len(token_ids)
@@ -52,10 +50,10 @@ def perplexity(path: Path, token_ids: list[int], *, dtype: str, backend: str) ->
     )
     blocks = (list(range(1, -(-count // _BLOCK) + 1)),) * runner.num_groups
     with torch.inference_mode():
-        logits = (_one_by_one if backend == "cpu-integer" else _at_once)(runner, token_ids, blocks).float()
+        logits = _at_once(runner, token_ids, blocks).float()
         losses = torch.nn.functional.cross_entropy(logits, torch.tensor(token_ids[1:]))
     weights = path.stem.rpartition(".")[2]
-    return Score(weights, dtype, backend if backend == "cpu-integer" else runner.backend.name, math.exp(losses.item()))
+    return Score(weights, dtype, runner.backend.name, math.exp(losses.item()))
 
 
 def _at_once(runner: ModelRunner, token_ids: list[int], blocks: tuple[list[int], ...]) -> torch.Tensor:
@@ -64,14 +62,6 @@ def _at_once(runner: ModelRunner, token_ids: list[int], blocks: tuple[list[int],
     tables = [BlockTables(group) for group in range(runner.num_groups)]
     batch = build_forward_batch(ScheduledBatch([row], 0), _BLOCK, torch.device("cpu"), tables)
     return runner._forward(replace(batch, logits_indices=torch.arange(count - 1)))
-
-
-def _one_by_one(runner: ModelRunner, token_ids: list[int], blocks: tuple[list[int], ...]) -> torch.Tensor:
-    rows = [
-        ScheduledRow("text/0", token_ids[: end + 1], 1, end, 1, blocks, SamplingParams(), 0)
-        for end in range(len(token_ids) - 1)
-    ]
-    return torch.cat([runner.forward_logits(ScheduledBatch([row], 1)) for row in rows])
 
 
 def requantised(path: Path, encoding: str, folder: Path) -> Path:
@@ -105,8 +95,6 @@ def requantised(path: Path, encoding: str, folder: Path) -> Path:
 def measure(path: Path, token_ids: list[int]) -> list[Score]:
     """The reference first."""
     combinations = [("float32", "reference"), ("float32", "auto"), ("bfloat16", "auto")]
-    if not path.stem.endswith("BF16"):
-        combinations += [("float32", "cpu-integer"), ("bfloat16", "cpu-integer")]
     return [perplexity(path, token_ids, dtype=dtype, backend=backend) for dtype, backend in combinations]
 
 

@@ -12,8 +12,7 @@ import torch
 
 from .backend import DeviceBackend, DrawingBackend, KernelBackend, RecordingBackend
 
-BACKENDS = ("auto", "cpu", "cpu-integer", "reference", "triton")
-_CPU_NAMES = ("cpu", "cpu-integer")
+BACKENDS = ("auto", "cpu", "reference", "triton")
 
 
 def select_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> KernelBackend:
@@ -29,10 +28,10 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
         from .triton.backend import TritonBackend
 
         return TritonBackend(device, dtype)
-    if missing is None and chosen in _CPU_NAMES:
+    if missing is None and chosen == "cpu":
         from .cpu.backend import CpuBackend
 
-        return CpuBackend(device, dtype, torch.get_num_threads(), integer_products=chosen == "cpu-integer")
+        return CpuBackend(device, dtype, torch.get_num_threads())
     from .reference.backend import ReferenceBackend
 
     return ReferenceBackend(device, dtype)
@@ -56,7 +55,7 @@ def _native_name(device: torch.device) -> str:
 def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if name == "triton":
         return _why_no_triton(device)
-    return _why_no_cpu(device, dtype, head_dim) if name in _CPU_NAMES else None
+    return _why_no_cpu(device, dtype, head_dim) if name == "cpu" else None
 
 
 def _why_no_cpu(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

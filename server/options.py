@@ -157,12 +157,11 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "kernel_backend",
-        _choice("auto", "cpu", "cpu-integer", "reference", "triton"),
+        _choice("auto", "cpu", "reference", "triton"),
         "auto",
         "NAME",
-        "auto | cpu | cpu-integer | reference | triton; auto is triton on a GPU of compute capability 8.0 or more, cpu "
-        "(native kernels) on x86-64, else reference (plain torch). cpu-integer is faster with one sequence at a time, "
-        "whose tokens then depend on whether it is alone (docs/reproducibility.md)",
+        "auto | cpu | reference | triton; auto is triton on a GPU of compute capability 8.0 or more, cpu (native "
+        "kernels) on x86-64, else reference (plain torch)",
         "model",
     ),
     Option("seed", _integer(0), 0, "N", "seeds the requests that bring no seed of their own", "model"),

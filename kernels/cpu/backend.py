@@ -53,19 +53,14 @@ class CpuBackend:
 
     name = "cpu"
 
-    def __init__(
-        self, device: torch.device, dtype: torch.dtype, num_threads: int, *, integer_products: bool = False
-    ) -> None:
-        """`dtype` is float32 or bfloat16. `integer_products`: a step of one row multiplies quantised weights in
-        integers (native/linear_integer_impl.h), so that its results differ from those that it has in company."""
+    def __init__(self, device: torch.device, dtype: torch.dtype, num_threads: int) -> None:
+        """`dtype` is float32, or bfloat16: then rows are rounded to 8 bits for products with quantised weights
+        (native/linear_integer_impl.h)."""
         self.device = device
         self.dtype = dtype
         self._num_threads = num_threads
         isa = os.environ.get("OCTAVO_CPU_ISA") or supported_isas()[-1]
         self.detail = f"{isa}, {num_threads} thread{'s' if num_threads > 1 else ''}"
-        if integer_products:
-            self.detail += ", integer products for one row"
-        self._integer_products = int(integer_products)
         self._recorder: Recorder | None = None
         self._specs: dict[tuple[Any, ...], Attention] = {}
 
@@ -140,8 +135,7 @@ class CpuBackend:
         out = self._empty(x, weight.matrix.num_outputs, dtype)
         bias = None if weight.bias is None else weight.bias.data_ptr()
         in_fp32 = int(dtype is torch.float32)
-        numbers = (in_fp32, self._integer_products)
-        self._do(OpKind.LINEAR, x, a=x, b=bias, out=out, weight=weight.matrix.pointer.value, n=numbers)
+        self._do(OpKind.LINEAR, x, a=x, b=bias, out=out, weight=weight.matrix.pointer.value, n=(in_fp32,))
         return out
 
     def embed(self, token_ids: torch.Tensor, table: CpuLinear, scale: float = 1.0) -> torch.Tensor:

@@ -41,7 +41,8 @@ unsigned ov_cpu_supports(void) {
     /* F, DQ, BW, VL, VNNI, BF16 */
     bool avx512 = avx2 && (saved & zmm) == zmm && has(seven, EBX, 16) && has(seven, EBX, 17) && has(seven, EBX, 30) &&
                   has(seven, EBX, 31) && has(seven, ECX, 11) && has(seven_one, EAX, 5);
-    /* BF16, TILE */
-    bool amx = avx512 && (saved & tiles) == tiles && has(seven, EDX, 22) && has(seven, EDX, 24) && tiles_permitted();
+    /* BF16, TILE, INT8 */
+    bool amx = avx512 && (saved & tiles) == tiles && has(seven, EDX, 22) && has(seven, EDX, 24) &&
+               has(seven, EDX, 25) && tiles_permitted();
     return (unsigned)avx2 | (unsigned)avx512 << 1 | (unsigned)amx << 2;
 }

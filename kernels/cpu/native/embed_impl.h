@@ -1,21 +1,16 @@
 /* OV_EMBED: rows of a matrix. A whole tile is turned into numbers for the sake of one row of it, which costs sixteen
  * times what it must and still is nothing beside a layer; every encoding is served. */
 
-OV_INLINE V16 embed_half(const uint8_t *tile, int output, int half, bool narrow) {
-    if (!narrow) return v16_load((const float *)tile + output * OV_STEP + 16 * half);
-    return v16_get((const uint16_t *)tile + output * OV_STEP, 16 * half, 16, true);
-}
-
 /* One row, times `factor`, in the matrix's working type. An id that no row has gives NaN, which samplers report. */
 static void embed_row(const OvMatrix *matrix, OvType type, int64_t id, float factor, void *room, void *out,
                       int64_t out_at) {
-    const bool narrow = OV_ELEMENT_BYTES(type) == 2;
     const OvSegment *segment = matrix->segments;
     const bool known = id >= 0 && id < matrix->num_outputs;
     while (known && id >= segment->first_output + segment->num_outputs) segment++;
     const int64_t row = known ? id - segment->first_output : 0;
     const uint8_t *panel = ov_panel(segment, row / OV_PANEL);
     const OvTileReader read = OV_READERS[segment->encoding][type];
+    const bool narrow = read == NULL && type == OV_BF16; /* bf16 in natural order */
     OvAhead ahead;
     ahead.step = OV_NO_STEP;
     for (int64_t step = 0; step < matrix->num_steps; step++) {
@@ -26,7 +21,8 @@ static void embed_row(const OvMatrix *matrix, OvType type, int64_t id, float fac
         }
         float values[OV_STEP];
         for (int half = 0; half < 2; half++) {
-            V16 part = embed_half(tile, (int)(row % OV_PANEL), half, narrow);
+            const int64_t at = row % OV_PANEL * OV_STEP + 16 * half;
+            V16 part = narrow ? v16_get(tile, at, 16, true) : v16_get(tile, at, 16, false);
             if (!known) part = v16_set(__builtin_nanf(""));
             v16_store(values + 16 * half, v16_mul(part, v16_set(factor)));
         }

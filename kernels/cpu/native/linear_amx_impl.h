@@ -1,13 +1,11 @@
-/* Products with AMX: tiles of weights [16 outputs][32 inputs] times tiles of rows [16 pairs of inputs][rows][2], so
- * that a group of quantised weights is one row of a tile, and dense bf16 weights are loaded as they lie in memory.
+/* Products of dense bf16 weights with AMX: tiles of weights [16 outputs][32 inputs], as they lie in memory, times tiles of
+ * rows [16 pairs of inputs][rows][2].
  *
  * The processor sums each output of each row over the inputs in order, in fp32; rows are columns of a tile and do not
  * touch one another, however many there are. With fewer than 16 rows the tiles are made as narrow as that: a single
  * row's tile then is the row itself. */
 
-OV_INLINE void finish_row(const Product *, const OvSegment *, int64_t panel, int64_t row, V16 sums);
-
-enum { OV_TILE_BYTES = OV_PANEL * OV_STEP * 2, OV_RING = 4 };
+enum { OV_TILE_BYTES = OV_PANEL * OV_STEP * 2 };
 
 /* 6, 7: rows; 0-3: sums. Their second dimension is the number of rows. */
 static void tiles_for_rows(int num_rows) {
@@ -62,60 +60,24 @@ static void arrange_tiles(const OvOp *op, const OvMatrix *matrix, int64_t num_ro
     }
 }
 
-/* Where a panel's tiles come from: memory as it is (read NULL), or `room`, where step s goes to place s modulo
-   `ring`. */
-typedef struct {
-    const OvSegment *segment;
-    const uint8_t *panel;
-    OvTileReader read;
-    uint8_t *room;
-    int64_t ring;
-    OvAhead ahead;
-} TileSource;
-
-OV_INLINE void fill_step(TileSource *source, int64_t step, int64_t slot) {
-    if (source->read == NULL) return;
-    source->read(source->segment, source->panel, step, &source->ahead, source->room + slot * OV_TILE_BYTES);
-}
-
-OV_INLINE const uint8_t *tile_at(const TileSource *source, int64_t step, int64_t slot) {
-    if (source->read == NULL) return source->panel + source->segment->codes_at + step * OV_TILE_BYTES;
-    return source->room + slot * OV_TILE_BYTES;
-}
-
 /* Sums of `panels` panels and `groups` tiles of rows, all over the inputs, left in tiles 0-3 (panel p, group g in
-   2p + g). On the first pass the weights' tiles are made on the way, a step ahead of their use, and the lines of
-   what comes next are asked for. */
-OV_INLINE void tile_block(int panels, int groups, bool first_pass, TileSource source[2], const uint8_t *x,
-                          int64_t width, int64_t num_steps, const uint8_t *fetch, int64_t fetch_bytes) {
+   2p + g). */
+OV_INLINE void tile_block(int panels, int groups, const uint8_t *const weights[2], const uint8_t *x, int64_t width,
+                          int64_t num_steps, Fetch *fetch) {
     const int64_t row_stride = 4 * width, step_bytes = 16 * row_stride, group_bytes = num_steps * step_bytes;
-    const int64_t ring = source[0].ring;
     OV_TILE_ZERO(0);
     if (groups == 2) OV_TILE_ZERO(1);
     if (panels == 2) OV_TILE_ZERO(2);
     if (panels == 2 && groups == 2) OV_TILE_ZERO(3);
-    if (first_pass) {
-        fill_step(&source[0], 0, 0);
-        if (panels == 2) fill_step(&source[1], 0, 0);
-    }
-    int64_t slot = 0, next_slot;
-    for (int64_t step = 0; step < num_steps; step++, slot = next_slot, x += step_bytes) {
-        next_slot = slot + 1 == ring ? 0 : slot + 1;
-        if (first_pass) {
-            for (int64_t i = 0; i < fetch_bytes; i += 64) _mm_prefetch((const char *)fetch + i, _MM_HINT_T0);
-            fetch += fetch_bytes;
-            if (step + 1 < num_steps) {
-                fill_step(&source[0], step + 1, next_slot);
-                if (panels == 2) fill_step(&source[1], step + 1, next_slot);
-            }
-        }
+    for (int64_t step = 0; step < num_steps; step++, x += step_bytes) {
+        for (int p = 0; p < panels; p++) fetch_step(fetch);
         OV_TILE_LOAD(6, x, row_stride);
         if (groups == 2) OV_TILE_LOAD(7, x + group_bytes, row_stride);
-        OV_TILE_LOAD(4, tile_at(&source[0], step, slot), 64);
+        OV_TILE_LOAD(4, weights[0] + step * OV_TILE_BYTES, 64);
         OV_TILE_DOT(0, 4, 6);
         if (groups == 2) OV_TILE_DOT(1, 4, 7);
         if (panels == 1) continue;
-        OV_TILE_LOAD(5, tile_at(&source[1], step, slot), 64);
+        OV_TILE_LOAD(5, weights[1] + step * OV_TILE_BYTES, 64);
         OV_TILE_DOT(2, 5, 6);
         if (groups == 2) OV_TILE_DOT(3, 5, 7);
     }
@@ -172,15 +134,15 @@ static void finish_tile(const Product *product, const OvSegment *segment, int64_
 }
 
 /* Panels times rows [row, last), 32 of these at most. */
-OV_INLINE void tile_rows(int panels, int groups, const Product *product, TileSource source[2], Panels which,
-                         int64_t row, int64_t last, bool first_pass, const uint8_t *fetch, int64_t fetch_bytes) {
+OV_INLINE void tile_rows(int panels, int groups, const Product *product, Panels which, int64_t row, int64_t last,
+                         Fetch *fetch) {
     float sums[4][256] __attribute__((aligned(64)));
     const int64_t num_steps = product->matrix->num_steps;
     const int64_t width = ov_min(product->num_rows, OV_TILE_ROWS);
     const int64_t stride = product->num_rows == 1 ? 4 : 64;
-    const uint8_t *x = product->rows + row * num_steps * OV_STEP * 2;
-    if (first_pass) tile_block(panels, groups, true, source, x, width, num_steps, fetch, fetch_bytes);
-    else tile_block(panels, groups, false, source, x, width, num_steps, NULL, 0);
+    const uint8_t *weights[2] = {NULL, NULL};
+    for (int p = 0; p < panels; p++) weights[p] = ov_panel(which.segment, which.panel + p) + which.segment->codes_at;
+    tile_block(panels, groups, weights, product->rows + row * num_steps * OV_STEP * 2, width, num_steps, fetch);
     OV_TILE_STORE(0, sums[0], stride);
     if (groups == 2) OV_TILE_STORE(1, sums[1], stride);
     if (panels == 2) OV_TILE_STORE(2, sums[2], stride);
@@ -193,30 +155,15 @@ OV_INLINE void tile_rows(int panels, int groups, const Product *product, TileSou
         }
 }
 
-static void tile_panels(const Product *product, Panels which, Panels next, int64_t first, int64_t last) {
-    const int64_t num_steps = product->matrix->num_steps;
-    const bool one_pass = last - first <= 2 * OV_TILE_ROWS;
-    const int64_t ring = one_pass ? ov_min(OV_RING, num_steps) : num_steps;
-    TileSource source[2];
-    for (int i = 0; i < 2; i++) {
-        source[i].segment = which.segment;
-        source[i].panel = ov_panel(which.segment, which.panel + i);
-        source[i].read = OV_READERS[which.segment->encoding][OV_BF16];
-        source[i].room = product->tiles + i * ring * OV_TILE_BYTES;
-        source[i].ring = ring;
-        source[i].ahead.step = OV_NO_STEP;
-    }
-    const uint8_t *fetch = next.count != 0 ? ov_panel(next.segment, next.panel) : NULL;
-    const int64_t fetch_total = next.count != 0 ? next.count * next.segment->panel_bytes : 0;
-    const int64_t fetch_bytes = ov_ceil_div(fetch_total, 64 * num_steps) * 64;
-    for (int64_t row = first; row < last; row += 2 * OV_TILE_ROWS) {
+/* One or two panels times rows [first, last). The first rows' pass asks for what comes next. */
+static void tile_panels(const Product *product, Panels which, int64_t first, int64_t last, Fetch *fetch) {
+    Fetch none = {0};
+    for (int64_t row = first; row < last; row += 2 * OV_TILE_ROWS, fetch = &none) {
         const int64_t end = ov_min(row + 2 * OV_TILE_ROWS, last);
-        const bool first_pass = row == first, two = end - row > OV_TILE_ROWS;
-        if (which.count == 2 && two)
-            tile_rows(2, 2, product, source, which, row, end, first_pass, fetch, fetch_bytes);
-        else if (which.count == 2)
-            tile_rows(2, 1, product, source, which, row, end, first_pass, fetch, fetch_bytes);
-        else if (two) tile_rows(1, 2, product, source, which, row, end, first_pass, fetch, fetch_bytes);
-        else tile_rows(1, 1, product, source, which, row, end, first_pass, fetch, fetch_bytes);
+        const bool two = end - row > OV_TILE_ROWS;
+        if (which.count == 2 && two) tile_rows(2, 2, product, which, row, end, fetch);
+        else if (which.count == 2) tile_rows(2, 1, product, which, row, end, fetch);
+        else if (two) tile_rows(1, 2, product, which, row, end, fetch);
+        else tile_rows(1, 1, product, which, row, end, fetch);
     }
 }

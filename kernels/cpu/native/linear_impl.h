@@ -3,9 +3,14 @@
  *     arrange     the step's rows into the order that the products read (few rows: each thread does it for itself)
  *     multiply    items of one or two panels of outputs, and a block of rows that stays in the second-level cache
  *
- * How one output of one row is summed (but for products in integers, which are asked for) depends on nothing but the instruction set and the working type: its inputs in
- * order, 32 at a time, into one accumulator (of a tile, or of 16 lanes that are added at the end). Neither the number
- * of rows nor who computes which panel plays a part. */
+ * How one output of one row is summed depends on nothing but the encoding, the instruction set and the working type: its
+ * inputs in order, 32 at a time, into one accumulator (of a tile, or of 16 lanes that are added at the end). Neither the
+ * number of rows nor who computes which panel plays a part.
+ *
+ *     bf16, quantised    integers                                (linear_integer_impl.h)
+ *     bf16, dense        tiles of bf16, or pairs of it in lanes  (linear_amx_impl.h, linear_lanes_impl.h)
+ *     everything else    lanes of fp32                           (linear_lanes_impl.h)
+ */
 #include "dequant_impl.h"
 
 #if defined(OV_AVX512)
@@ -21,16 +26,11 @@
 
 enum {
     OV_TILE_ROWS = 16,
+    OV_MOST_ITEM_PANELS = 8,  /* as many streams of memory */
+    OV_THREAD_ITEMS = 6,      /* at least, where there are enough panels */
     OV_OWN_ROWS = 8,          /* up to so many rows every thread arranges its own copy: cheaper than a phase */
     OV_BLOCK_BYTES = 1 << 20, /* of arranged rows that are multiplied with a panel before the next panel's turn */
 };
-
-/* A row of a step, with a scale for each 32 inputs. */
-typedef struct {
-    int16_t *codes; /* [steps][32] */
-    float *scales;  /* [steps] */
-    float *sums;    /* [steps][2]: of 16 inputs each, scaled */
-} IntegerRow;
 
 /* One operator in one step, as a thread sees it. */
 typedef struct {
@@ -40,54 +40,95 @@ typedef struct {
     int64_t num_rows;
     const uint8_t *rows; /* arranged, or the operator's own */
     int64_t row_bytes;   /* from row to row; with tiles: of a row's share of a tile of rows */
-    bool two_panels;     /* items are pairs of panels */
-    uint8_t *tiles;      /* room for two panels as numbers */
-    bool integers;       /* the step's one row is multiplied in integers: see linear_integer_impl.h */
-    IntegerRow integer_row;
+    const uint8_t *records; /* the rows in integers */
+    bool both;           /* the matrix takes them in both forms */
+    int64_t item_panels; /* panels of an item, but for the last of a segment */
+    uint8_t *tiles;      /* room for a panel as the products read it */
 } Product;
 
-/* One or two neighbouring panels. */
+/* What to ask of memory while something else is computed. Several streams at once, because what reads ahead in the
+   processor does so a page at a time: one stream reads at half the speed of four. */
+typedef struct {
+    const uint8_t *at;   /* the first line to come */
+    int64_t stream_bytes; /* from the start of a stream to that of the next */
+    int64_t per_step;    /* lines to ask for in every step; 0: nothing (more) */
+    int64_t stream;      /* whose turn it is */
+} Fetch;
+
+enum { OV_STREAMS = 8 };
+
+static Fetch fetch_of(const uint8_t *at, int64_t num_bytes, int64_t num_steps) {
+    const int64_t lines = ov_ceil_div(num_bytes, 64 * OV_STREAMS); /* of a stream */
+    return (Fetch){at, 64 * lines, ov_ceil_div(OV_STREAMS * lines, num_steps), 0};
+}
+
+OV_INLINE void fetch_step(Fetch *fetch) {
+    for (int64_t i = 0; i < fetch->per_step; i++) {
+        _mm_prefetch((const char *)fetch->at + fetch->stream * fetch->stream_bytes, _MM_HINT_T1);
+        if (++fetch->stream < OV_STREAMS) continue;
+        fetch->stream = 0;
+        fetch->at += 64;
+    }
+}
+
+/* Neighbouring panels. */
 typedef struct {
     const OvSegment *segment;
     int64_t panel;
     int count;
 } Panels;
 
-/* Rows that are read where they are. */
-static bool rows_are_ready(const OvOp *op, const OvMatrix *matrix, OvType type, int64_t num_rows) {
+OV_INLINE void finish_row(const Product *, const OvSegment *, int64_t panel, int64_t row, V16 sums);
+#include "linear_integer_impl.h"
+
+/* Which forms of the rows a matrix is multiplied with. */
+typedef struct {
+    bool numbers, integers;
+} RowForms;
+
+static RowForms forms_of(const OvMatrix *matrix, OvType type) {
+    RowForms forms = {false, false};
+    for (int64_t i = 0; i < matrix->num_segments; i++) {
+        if (in_integers(&matrix->segments[i], type)) forms.integers = true;
+        else forms.numbers = true;
+    }
+    return forms;
+}
+
+/* Whether rows are read where they are. */
+static bool rows_are_ready(const OvOp *op, OvType type, int64_t num_rows) {
+    const OvMatrix *matrix = op->weight;
     if (OV_ELEMENT_BYTES(type) != 2 || matrix->num_inputs % OV_STEP != 0) return false;
-    return !OV_USES_TILES(type) || num_rows == 1;
+    return !forms_of(matrix, type).integers && (!OV_USES_TILES(type) || num_rows == 1);
+}
+
+/* Of the rows as numbers; those in integers lie behind them. */
+static int64_t numbers_bytes(const OvMatrix *matrix, OvType type, int64_t num_rows) {
+    if (!forms_of(matrix, type).numbers) return 0;
+    if (OV_USES_TILES(type) && num_rows > OV_TILE_ROWS)
+        num_rows = ov_ceil_div(num_rows, OV_TILE_ROWS) * OV_TILE_ROWS;
+    return ov_ceil_div(num_rows * matrix->num_steps * OV_STEP * OV_ELEMENT_BYTES(type), 64) * 64;
 }
 
 static int64_t arranged_bytes(const OvMatrix *matrix, OvType type, int64_t num_rows) {
-    if (OV_USES_TILES(type) && num_rows > OV_TILE_ROWS)
-        num_rows = ov_ceil_div(num_rows, OV_TILE_ROWS) * OV_TILE_ROWS;
-    return num_rows * matrix->num_steps * OV_STEP * OV_ELEMENT_BYTES(type);
+    const int64_t integers = forms_of(matrix, type).integers ? records_bytes(matrix, num_rows) : 0;
+    return numbers_bytes(matrix, type, num_rows) + integers;
 }
 
+/* For a panel as numbers, or (with AMX) as bytes; a multiple of 64. */
 static int64_t panel_room(const OvMatrix *matrix, OvType type) {
-    return matrix->num_steps * OV_PANEL * OV_STEP * OV_ELEMENT_BYTES(type);
-}
-
-static bool integers_serve(const OvMatrix *matrix) {
-    for (int64_t i = 0; i < matrix->num_segments; i++)
-        if (OV_CODINGS[matrix->segments[i].encoding].group == 0) return false;
-    return true;
-}
-
-static int64_t integer_row_bytes(const OvMatrix *matrix) { return matrix->num_steps * (2 * OV_STEP + 12) + 64; }
-
-static bool wants_integers(const OvOp *op, int64_t num_rows) {
-    return op->n[1] == 1 && num_rows == 1 && integers_serve(op->weight);
+#ifdef OV_AMX
+    if (type == OV_BF16) return matrix->num_steps * 2 * OV_UNPACKED_BYTES;
+#endif
+    return OV_ELEMENT_BYTES(type) == 2 ? 0 : matrix->num_steps * OV_PANEL * OV_STEP * 4;
 }
 
 static void linear_plan(const OvOp *op, const OvStep *step, OvType type, int num_threads, OvPlan *plan) {
     (void)num_threads;
     const OvMatrix *matrix = op->weight;
     int64_t num_rows = ov_num_rows(op, step), bytes = arranged_bytes(matrix, type, num_rows);
-    bool ready = rows_are_ready(op, matrix, type, num_rows), own = num_rows <= OV_OWN_ROWS;
-    if (wants_integers(op, num_rows)) bytes += integer_row_bytes(matrix);
-    plan->scratch_bytes = (size_t)(2 * panel_room(matrix, type) + (own ? bytes : 0) + 64);
+    bool ready = rows_are_ready(op, type, num_rows), own = num_rows <= OV_OWN_ROWS;
+    plan->scratch_bytes = (size_t)(panel_room(matrix, type) + (own ? bytes : 0) + 64);
     plan->shared_bytes = ready || own ? 0 : (size_t)bytes;
     plan->skipped = ready || own ? 1u : 0u;
     if (num_rows == 0) plan->skipped = 3u;
@@ -130,10 +171,9 @@ static void arrange_bf16(const OvOp *op, const OvMatrix *matrix, int64_t first, 
 #include "linear_amx_impl.h"
 #endif
 #include "linear_lanes_impl.h"
-#include "linear_integer_impl.h"
 
-/* Arranges rows [first, last); with tiles, `first` starts one. */
-static void arrange_rows(const OvOp *op, OvType type, int64_t num_rows, int64_t first, int64_t last, void *to) {
+/* Rows [first, last) as numbers; with tiles, `first` starts one. */
+static void arrange_numbers(const OvOp *op, OvType type, int64_t num_rows, int64_t first, int64_t last, void *to) {
     const OvMatrix *matrix = op->weight;
 #ifdef OV_AMX
     if (OV_USES_TILES(type)) {
@@ -151,6 +191,15 @@ static void arrange_rows(const OvOp *op, OvType type, int64_t num_rows, int64_t 
     arrange_f32(op, matrix, type, first, last, to);
 }
 
+/* Arranges rows [first, last), of which the first starts a tile, in all forms that the matrix takes. */
+static void arrange_rows(const OvOp *op, OvType type, int64_t num_rows, int64_t first, int64_t last, uint8_t *to) {
+    const OvMatrix *matrix = op->weight;
+    const RowForms forms = forms_of(matrix, type);
+    if (forms.numbers) arrange_numbers(op, type, num_rows, first, last, to);
+    if (forms.integers)
+        arrange_integers(op, matrix, num_rows, first, last, to + numbers_bytes(matrix, type, num_rows));
+}
+
 static void linear_arrange(const OvOp *op, const OvStep *step, OvWorker *w) {
     int64_t num_rows = ov_num_rows(op, step);
     for (int64_t i; (i = ov_take(w, num_rows, OV_TILE_ROWS)) >= 0;)
@@ -159,40 +208,61 @@ static void linear_arrange(const OvOp *op, const OvStep *step, OvWorker *w) {
 
 /* ------------------------------------------------------------------------------------------------------------ items */
 
-static int64_t items_of(const OvSegment *segment, bool two_panels) {
-    return two_panels ? ov_ceil_div(segment->num_panels, 2) : segment->num_panels;
+/* A power of two, so that there are some items for each thread. */
+static int64_t item_panels_of(const OvMatrix *matrix, int num_threads) {
+    int64_t panels = 0, count = OV_MOST_ITEM_PANELS;
+    for (int64_t i = 0; i < matrix->num_segments; i++) panels += matrix->segments[i].num_panels;
+    while (count > 1 && count * OV_THREAD_ITEMS * num_threads > panels) count /= 2;
+    return count;
 }
 
-static int64_t num_items(const OvMatrix *matrix, bool two_panels) {
+static int64_t items_of(const Product *product, const OvSegment *segment) {
+    return ov_ceil_div(segment->num_panels, product->item_panels);
+}
+
+static int64_t num_items(const Product *product) {
     int64_t items = 0;
-    for (int64_t i = 0; i < matrix->num_segments; i++) items += items_of(&matrix->segments[i], two_panels);
+    for (int64_t i = 0; i < product->matrix->num_segments; i++) items += items_of(product, &product->matrix->segments[i]);
     return items;
 }
 
-static Panels panels_of(const OvMatrix *matrix, bool two_panels, int64_t item) {
-    const OvSegment *segment = matrix->segments;
-    for (; item >= items_of(segment, two_panels); segment++) item -= items_of(segment, two_panels);
-    if (!two_panels) return (Panels){segment, item, 1};
-    return (Panels){segment, 2 * item, 2 * item + 1 < segment->num_panels ? 2 : 1};
+static Panels panels_of(const Product *product, int64_t item) {
+    const OvSegment *segment = product->matrix->segments;
+    for (; item >= items_of(product, segment); segment++) item -= items_of(product, segment);
+    const int64_t first = item * product->item_panels;
+    return (Panels){segment, first, (int)ov_min(product->item_panels, segment->num_panels - first)};
 }
 
 static void multiply_panels(const Product *product, Panels panels, Panels next, int64_t first, int64_t last) {
-    if (product->integers) {
-        for (int i = 0; i < panels.count; i++) {
-            const bool more = i < next.count;
-            const uint8_t *fetch = more ? ov_panel(next.segment, next.panel + i) : NULL;
-            const int64_t fetch_bytes = more ? ov_ceil_div(next.segment->panel_bytes, 64 * product->matrix->num_steps) : 0;
-            integer_panel(product, panels.segment, panels.panel + i, &product->integer_row, fetch, 64 * fetch_bytes);
-        }
+    const OvSegment *segment = panels.segment;
+    const int64_t num_steps = product->matrix->num_steps;
+    Fetch fetch = {0};
+    if (next.count != 0)
+        fetch = fetch_of(ov_panel(next.segment, next.panel), next.count * next.segment->panel_bytes,
+                         panels.count * num_steps);
+    if (in_integers(segment, product->type)) {
+#ifdef OV_AMX
+        tiles_for_integers();
+#endif
+        for (int i = 0; i < panels.count; i++)
+            OV_INTEGER_PANELS[segment->encoding](product, segment, panels.panel + i, first, last, &fetch);
+#ifdef OV_AMX
+        tiles_enter();
+#endif
         return;
     }
 #ifdef OV_AMX
     if (OV_USES_TILES(product->type)) {
-        tile_panels(product, panels, next, first, last);
+        const bool narrow = product->both && product->num_rows < OV_TILE_ROWS;
+        if (narrow) tiles_for_rows((int)product->num_rows);
+        for (int i = 0; i < panels.count; i += 2)
+            tile_panels(product, (Panels){segment, panels.panel + i, (int)ov_min(2, panels.count - i)}, first, last,
+                        &fetch);
+        if (narrow) tiles_enter();
         return;
     }
 #endif
-    for (int i = 0; i < panels.count; i++) lane_panel(product, panels.segment, panels.panel + i, first, last);
+    for (int i = 0; i < panels.count; i++) lane_panel(product, segment, panels.panel + i, first, last);
 }
 
 static Product product_of(const OvOp *op, const OvStep *step, OvWorker *w) {
@@ -200,22 +270,20 @@ static Product product_of(const OvOp *op, const OvStep *step, OvWorker *w) {
     const int64_t num_rows = ov_num_rows(op, step);
     Product product = {.op = op, .matrix = matrix, .type = w->type, .num_rows = num_rows, .tiles = w->scratch};
     product.row_bytes = matrix->num_steps * OV_STEP * OV_ELEMENT_BYTES(w->type);
-    product.integers = wants_integers(op, num_rows);
-    if (product.integers) {
-        product.integer_row = integer_row_at(matrix, w->scratch);
-        round_row(op, matrix, w->type, product.integer_row);
-    } else if (rows_are_ready(op, matrix, w->type, num_rows)) {
+    if (rows_are_ready(op, w->type, num_rows)) {
         product.rows = op->a;
         product.row_bytes = op->stride_a * OV_ELEMENT_BYTES(w->type);
     } else if (num_rows <= OV_OWN_ROWS) {
-        uint8_t *own = (uint8_t *)w->scratch + 2 * panel_room(matrix, w->type);
+        uint8_t *own = (uint8_t *)w->scratch + panel_room(matrix, w->type);
         arrange_rows(op, w->type, num_rows, 0, num_rows, own);
         product.rows = own;
     } else {
         product.rows = w->shared;
     }
-    /* Two at a time hide the latency of sums; one at a time divides better where there are few. */
-    product.two_panels = num_items(matrix, false) >= 8 * (int64_t)w->count;
+    const RowForms forms = forms_of(matrix, w->type);
+    product.records = product.rows + numbers_bytes(matrix, w->type, num_rows);
+    product.both = forms.numbers && forms.integers;
+    product.item_panels = item_panels_of(matrix, w->count);
     return product;
 }
 
@@ -223,18 +291,18 @@ static void linear_multiply(const OvOp *op, const OvStep *step, OvWorker *w) {
     const Product product = product_of(op, step, w);
     const int64_t tile_bytes = OV_TILE_ROWS * product.matrix->num_steps * OV_STEP * OV_ELEMENT_BYTES(w->type);
     const int64_t block = ov_ceil_div(OV_BLOCK_BYTES, 2 * tile_bytes) * 2 * OV_TILE_ROWS;
-    const int64_t items = num_items(product.matrix, product.two_panels);
+    const int64_t items = num_items(&product);
     const int64_t total = items * ov_ceil_div(product.num_rows, block);
 #ifdef OV_AMX
-    const bool narrow = OV_USES_TILES(w->type) && product.num_rows < OV_TILE_ROWS && !product.integers;
+    const bool narrow = OV_USES_TILES(w->type) && product.num_rows < OV_TILE_ROWS && !forms_of(op->weight, w->type).integers;
     if (narrow) tiles_for_rows((int)product.num_rows);
 #endif
     /* The next item is taken before this one is done, so that its weights can be fetched meanwhile. */
     for (int64_t item = ov_take(w, total, 1), next; item >= 0; item = next) {
         next = ov_take(w, total, 1);
         int64_t first = item / items * block;
-        Panels panels = panels_of(product.matrix, product.two_panels, item % items);
-        Panels fetched = next < 0 ? (Panels){0} : panels_of(product.matrix, product.two_panels, next % items);
+        Panels panels = panels_of(&product, item % items);
+        Panels fetched = next < 0 ? (Panels){0} : panels_of(&product, next % items);
         multiply_panels(&product, panels, fetched, first, ov_min(first + block, product.num_rows));
     }
 #ifdef OV_AMX

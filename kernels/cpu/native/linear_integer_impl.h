@@ -1,227 +1,294 @@
-/* The product of one row with a quantised matrix in integers: codes as they are, and the row rounded to 16 bits, of
- * which every 32 inputs have a scale of their own. Nothing is dequantised, which is cheaper for a single row; with more
- * rows dequantising pays for itself. It rounds otherwise than the other products do, so it serves only where it was
- * asked for (n[1] of OV_LINEAR).
+/* Products of rows with quantised matrices in integers: codes as they are stored, and rows rounded to 8 bits, every 32
+ * inputs with a scale of their own (as llama.cpp does with its Q8_1). Nothing is dequantised. Serves the working type
+ * bf16.
  *
- * Sums of a step are exact; they are scaled and added up in fp32, the inputs in order, in a fixed number of lanes. */
+ * The sum of a group of inputs (32 of them, or 16 where the encoding has a scale for so many) is exact, so it does not
+ * matter in which order or by which instruction it is made. Sums of groups are scaled and added in fp32, in the order of
+ * the inputs, each output in its own lane. */
+
+enum {
+    OV_RECORD_ROWS = 16,    /* of a record, at most */
+    OV_FEW_ROWS = 10,       /* up to so many are better off without tiles */
+    OV_ROW_LARGEST = 127,
+#ifdef OV_AVX512
+    OV_ROWS_AT_ONCE = 8,    /* share the work of taking codes apart, and fit registers */
+#else
+    OV_ROWS_AT_ONCE = 2,
+#endif
+};
+
+/* Which inputs of a step a sum is of. */
+enum { OV_WHOLE = 0, OV_HALF = 1, OV_NUM_SUMS = 3 };
+
+/* Rows in integers lie in groups of up to 16; of each group and step a record:
+ *
+ *     fp32  scale [rows]
+ *     fp32  sum   [OV_NUM_SUMS][rows]   of its numbers, scaled: for offsets of the encoding
+ *     int32 sum   [OV_NUM_SUMS][rows]   of its numbers: for codes that do not begin at 0
+ *     int8  numbers [rows][32]          from the next multiple of 64 bytes on
+ */
+typedef struct {
+    int64_t rows, numbers_at, bytes;
+} RecordShape;
+
+static RecordShape record_shape(int64_t num_rows) {
+    const int64_t rows = num_rows > OV_FEW_ROWS ? OV_RECORD_ROWS : num_rows;
+    const int64_t numbers_at = ov_ceil_div((1 + 2 * OV_NUM_SUMS) * 4 * rows, 64) * 64;
+    return (RecordShape){rows, numbers_at, ov_ceil_div(numbers_at + rows * OV_STEP, 64) * 64};
+}
+
+/* Bytes of so many rows. */
+static int64_t records_bytes(const OvMatrix *matrix, int64_t num_rows) {
+    const RecordShape shape = record_shape(num_rows);
+    return num_rows == 0 ? 0 : ov_ceil_div(num_rows, shape.rows) * matrix->num_steps * shape.bytes;
+}
+
+OV_INLINE float *record_scale(uint8_t *record, int64_t row) { return (float *)record + row; }
+OV_INLINE float *record_scaled_sum(uint8_t *record, int64_t rows, int which, int64_t row) {
+    return (float *)record + (1 + which) * rows + row;
+}
+OV_INLINE int32_t *record_sum(uint8_t *record, int64_t rows, int which, int64_t row) {
+    return (int32_t *)record + (1 + OV_NUM_SUMS + which) * rows + row;
+}
+
+static bool in_integers(const OvSegment *segment, OvType type) {
+    return type == OV_BF16 && OV_CODINGS[segment->encoding].group != 0;
+}
+
+/* ------------------------------------------------------------------------------------------------------ rounded rows */
 
 /* Below this a step counts as zeros: dividing by it would overflow. */
 #define OV_SMALLEST 1e-30f
 
-static IntegerRow integer_row_at(const OvMatrix *matrix, uint8_t *room) {
-    float *scales = (float *)(room + matrix->num_steps * 2 * OV_STEP);
-    return (IntegerRow){(int16_t *)room, scales, scales + matrix->num_steps};
-}
-
-OV_INLINE void put_words(int16_t *to, V16 whole) {
+/* 16 numbers to bytes, and their sum. */
+OV_INLINE int32_t put_numbers(int8_t *to, V16 rounded) {
 #ifdef OV_AVX512
-    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(whole)));
+    __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(rounded));
 #else
-    __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(whole.low), _mm256_cvtps_epi32(whole.high));
-    _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(words, 0xD8));
+    __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(rounded.low), _mm256_cvtps_epi32(rounded.high));
+    words = _mm256_permute4x64_epi64(words, 0xD8);
+    __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 #endif
+    _mm_storeu_si128((__m128i *)to, bytes);
+    /* Bytes of either sign are added as if 128 more. */
+    __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8((char)0x80)), _mm_setzero_si128());
+    return _mm_cvtsi128_si32(sums) + _mm_extract_epi32(sums, 2) - 16 * 128;
 }
 
-static void round_row(const OvOp *op, const OvMatrix *matrix, OvType type, IntegerRow row) {
-    const int bf16 = type == OV_BF16;
-    for (int64_t step = 0; step < matrix->num_steps; step++) {
-        const int count = (int)ov_min(OV_STEP, matrix->num_inputs - step * OV_STEP);
-        V16 half[2] = {v16_zero(), v16_zero()};
-        for (int i = 0; i < 2; i++) {
-            const int part = (int)ov_min(16, count - 16 * i);
-            if (part > 0) half[i] = v16_get(op->a, step * OV_STEP + 16 * i, part, bf16);
-        }
-        /* 0, or a NaN where an input is not finite: comparing would lose it. */
-        const float poison = v16_sum(v16_mul(v16_add(v16_abs(half[0]), v16_abs(half[1])), v16_zero()));
-        const float largest = v16_largest(v16_max(v16_abs(half[0]), v16_abs(half[1])));
-        const bool some = largest > OV_SMALLEST;
-        const float scale = (some ? largest / 32767.0f : 0.0f) + poison;
-        for (int i = 0; i < 2; i++) {
-            V16 whole = v16_round(v16_mul(half[i], v16_set(some ? 32767.0f / largest : 0.0f)));
-            put_words(row.codes + step * OV_STEP + 16 * i, whole);
-            row.sums[2 * step + i] = v16_sum(whole) * scale;
-        }
-        row.scales[step] = scale;
+/* One row's step into its record. poison: 0, or a NaN that all of the row's results are to be. */
+OV_INLINE void round_step(const V16 half[2], float poison, uint8_t *record, RecordShape shape, int64_t row) {
+    const float largest = v16_largest(v16_max(v16_abs(half[0]), v16_abs(half[1])));
+    const bool some = largest > OV_SMALLEST;
+    const float scale = (some ? largest / OV_ROW_LARGEST : 0.0f) + poison;
+    const V16 inverse = v16_set(some ? OV_ROW_LARGEST / largest : 0.0f);
+    int8_t *numbers = (int8_t *)record + shape.numbers_at + row * OV_STEP;
+    int32_t sums[OV_NUM_SUMS];
+    for (int i = 0; i < 2; i++) sums[OV_HALF + i] = put_numbers(numbers + 16 * i, v16_mul(half[i], inverse));
+    sums[OV_WHOLE] = sums[OV_HALF] + sums[OV_HALF + 1];
+    *record_scale(record, row) = scale;
+    for (int i = 0; i < OV_NUM_SUMS; i++) {
+        *record_scaled_sum(record, shape.rows, i, row) = (float)sums[i] * scale;
+        *record_sum(record, shape.rows, i, row) = sums[i];
     }
 }
 
+/* 0, or a NaN if one of the inputs is not finite: comparing would lose it. */
+static float poison_of(const void *a, int64_t at, int64_t num_inputs) {
+    V16 sum = v16_zero();
+    for (int64_t i = 0; i < num_inputs; i += 16) sum = v16_fma(v16_get(a, at + i, 16, true), v16_zero(), sum);
+    return v16_sum(sum);
+}
+
+/* Rows [first, last) of num_rows to their records; `first` starts a group. What is missing of a group stays as it is. */
+static void arrange_integers(const OvOp *op, const OvMatrix *matrix, int64_t num_rows, int64_t first, int64_t last,
+                             uint8_t *to) {
+    const RecordShape shape = record_shape(num_rows);
+    to += first / shape.rows * matrix->num_steps * shape.bytes;
+    for (int64_t row = first; row < last; row++) {
+        const int64_t at = row * op->stride_a;
+        const float poison = poison_of(op->a, at, matrix->num_inputs);
+        uint8_t *record = to;
+        for (int64_t step = 0; step < matrix->num_steps; step++, record += shape.bytes) {
+            const int64_t i = at + step * OV_STEP;
+            const V16 half[2] = {v16_get(op->a, i, 16, true), v16_get(op->a, i + 16, 16, true)};
+            round_step(half, poison, record, shape, row - first);
+        }
+    }
+}
+
+/* --------------------------------------------------------------------------------------------------------- products */
+
+/* A panel's exact sums as they grow: a lane for each output. */
 #ifdef OV_AVX512
-enum { OV_INTEGER_OUTPUTS = 16 }; /* whose sums fit into registers */
-typedef __m512i Words; /* of 32 inputs */
-typedef __m512 Sums;
-OV_INLINE Sums sums_zero(void) { return _mm512_setzero_ps(); }
-OV_INLINE Words load_words(const void *p) { return _mm512_loadu_si512(p); }
-
-/* Codes of one output. */
-OV_INLINE Words words_of(OvCoding form, const uint8_t *codes, const uint8_t *high, int output) {
-    if (form.low_bits == 8) return _mm512_cvtepi8_epi16(_mm256_load_si256((const __m256i *)(codes + output * OV_STEP)));
-    const int per_word = 16 / form.low_bits, shift = output % per_word * form.low_bits;
-    Words words = load_words(codes + output / per_word * 64);
-    /* See indices_of. */
-    if (shift != 0) words = _mm512_mulhi_epu16(words, _mm512_set1_epi16((short)(1 << (16 - shift))));
-    words = _mm512_and_si512(words, _mm512_set1_epi16((short)((1 << form.low_bits) - 1)));
-    if (form.high_bits == 1) {
-        uint32_t set;
-        memcpy(&set, high + 4 * output, 4);
-        words = _mm512_mask_add_epi16(words, set, words, _mm512_set1_epi16((short)(1 << form.low_bits)));
-    } else if (form.high_bits == 2) {
-        Words upper = _mm512_srli_epi16(load_words(high + output / 8 * 64), (unsigned)(output % 8 * 2));
-        words = _mm512_or_si512(words, _mm512_slli_epi16(_mm512_and_si512(upper, _mm512_set1_epi16(3)), 4));
-    }
-    return words;
+typedef __m512i Exact;
+OV_INLINE Exact exact_zero(void) { return _mm512_setzero_si512(); }
+/* four: numbers of four inputs */
+OV_INLINE Exact exact_add(OvCoding form, Exact sums, const OvLine *codes, int32_t four) {
+    (void)form;
+    return _mm512_dpbusd_epi32(sums, (__m512i)*codes, _mm512_set1_epi32(four));
 }
-
-OV_INLINE Sums add_scaled(OvCoding form, Sums sums, Words words, Words row, const OvScales *scales, int output) {
-    const __m512 products = _mm512_cvtepi32_ps(_mm512_madd_epi16(words, row));
-    __m512 scale = _mm512_set1_ps(scales->scale[0][output]);
-    if (form.group == 16) scale = _mm512_mask_broadcastss_ps(scale, 0xff00, _mm_load_ss(&scales->scale[1][output]));
-    return _mm512_fmadd_ps(products, scale, sums);
-}
-
-/* The sums of each of the 16 outputs' lanes. */
-OV_INLINE void join_lanes(const Sums sums[16], float to[16]) {
-    __m512 four[4];
-    OV_UNROLL
-    for (int i = 0; i < 4; i++) {
-        const Sums *s = sums + 4 * i;
-        __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(s[0], s[1]), _mm512_unpackhi_ps(s[0], s[1]));
-        __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(s[2], s[3]), _mm512_unpackhi_ps(s[2], s[3]));
-        __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
-        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
-    }
-    for (int i = 0; i < 4; i += 2) /* quarters 0 and 2 to 1 and 3 */
-        four[i / 2] = _mm512_add_ps(_mm512_shuffle_f32x4(four[i], four[i + 1], 0x88),
-                                    _mm512_shuffle_f32x4(four[i], four[i + 1], 0xdd));
-    v16_store(to, _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88),
-                                _mm512_shuffle_f32x4(four[0], four[1], 0xdd)));
+OV_INLINE V16 exact_value(OvCoding form, Exact sums, int32_t sum_of_row) {
+    if (form.zero != 0) sums = _mm512_sub_epi32(sums, _mm512_set1_epi32(form.zero * sum_of_row));
+    return _mm512_cvtepi32_ps(sums);
 }
 #else
-enum { OV_INTEGER_OUTPUTS = 8 };
 typedef struct {
-    __m256i half[2];
-} Words;
-typedef __m256 Sums;
-OV_INLINE Sums sums_zero(void) { return _mm256_setzero_ps(); }
-OV_INLINE Words load_words(const void *p) {
-    return (Words){{_mm256_loadu_si256(p), _mm256_loadu_si256((const __m256i *)p + 1)}};
+    __m256i low, high;
+} Exact;
+OV_INLINE Exact exact_zero(void) { return (Exact){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+/* Pairs of products in 16 bits, which saturate where codes have more than 7: those are taken in two parts. */
+OV_INLINE __m256i fours_of(OvCoding form, __m256i codes, __m256i numbers) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    if (form.low_bits < 8) return _mm256_madd_epi16(_mm256_maddubs_epi16(codes, numbers), ones);
+    const __m256i nibble = _mm256_set1_epi8(15);
+    __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(codes, nibble), numbers);
+    __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble), numbers);
+    return _mm256_add_epi32(_mm256_madd_epi16(low, ones), _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
 }
-
-OV_INLINE Words words_of(OvCoding form, const uint8_t *codes, const uint8_t *high, int output) {
-    Words words;
-    if (form.low_bits == 8) {
-        const __m128i *bytes = (const __m128i *)(codes + output * OV_STEP);
-        for (int i = 0; i < 2; i++) words.half[i] = _mm256_cvtepi8_epi16(_mm_load_si128(bytes + i));
-        return words;
-    }
-    const int per_word = 16 / form.low_bits, shift = output % per_word * form.low_bits;
-    const __m256i mask = _mm256_set1_epi16((short)((1 << form.low_bits) - 1));
-    words = load_words(codes + output / per_word * 64);
-    for (int i = 0; i < 2; i++) {
-        words.half[i] = _mm256_and_si256(_mm256_srli_epi16(words.half[i], shift), mask);
-        if (form.high_bits == 1) {
-            uint16_t bits;
-            memcpy(&bits, high + 4 * output + 2 * i, 2);
-            const __m256i place = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192,
-                                                    16384, (short)32768);
-            __m256i set = _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16((short)bits), place), place);
-            set = _mm256_and_si256(set, _mm256_set1_epi16((short)(1 << form.low_bits)));
-            words.half[i] = _mm256_or_si256(words.half[i], set);
-        } else if (form.high_bits == 2) {
-            __m256i upper = _mm256_load_si256((const __m256i *)(high + output / 8 * 64) + i);
-            upper = _mm256_and_si256(_mm256_srli_epi16(upper, output % 8 * 2), _mm256_set1_epi16(3));
-            words.half[i] = _mm256_or_si256(words.half[i], _mm256_slli_epi16(upper, 4));
-        }
-    }
-    return words;
+OV_INLINE Exact exact_add(OvCoding form, Exact sums, const OvLine *codes, int32_t four) {
+    const __m256i *half = (const __m256i *)codes, numbers = _mm256_set1_epi32(four);
+    return (Exact){_mm256_add_epi32(sums.low, fours_of(form, half[0], numbers)),
+                   _mm256_add_epi32(sums.high, fours_of(form, half[1], numbers))};
 }
-
-OV_INLINE Sums add_scaled(OvCoding form, Sums sums, Words words, Words row, const OvScales *scales, int output) {
-    __m256i low = _mm256_madd_epi16(words.half[0], row.half[0]), high = _mm256_madd_epi16(words.half[1], row.half[1]);
-    const __m256 scale = _mm256_set1_ps(scales->scale[0][output]);
-    if (form.group == 32) return _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(low, high)), scale, sums);
-    sums = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low), scale, sums);
-    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), _mm256_set1_ps(scales->scale[1][output]), sums);
-}
-
-OV_INLINE void join_lanes(const Sums sums[8], float to[8]) {
-    __m256 four[2];
-    OV_UNROLL
-    for (int i = 0; i < 2; i++) {
-        const Sums *s = sums + 4 * i;
-        four[i] = _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
-    }
-    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_permute2f128_ps(four[0], four[1], 0x20),
-                                       _mm256_permute2f128_ps(four[0], four[1], 0x31)));
+OV_INLINE V16 exact_value(OvCoding form, Exact sums, int32_t sum_of_row) {
+    const __m256i below = _mm256_set1_epi32(form.zero * sum_of_row);
+    return (V16){_mm256_cvtepi32_ps(_mm256_sub_epi32(sums.low, below)),
+                 _mm256_cvtepi32_ps(_mm256_sub_epi32(sums.high, below))};
 }
 #endif
 
-/* Scales of a step times the row's, and what its offsets add to each output. Where it runs ahead of the last step, the
-   row's last scale stands in for one that there is not. */
-OV_INLINE V16 read_integer_scales(OvCoding form, const OvSegment *segment, const uint8_t *panel, int64_t step,
-                                  const IntegerRow *row, int64_t last, OvScales *to) {
-    V16 added = v16_zero();
-    const int64_t at = ov_min(step, last);
-    read_scales(form, segment, panel, step, to);
-    for (int group = 0; group < OV_STEP / form.group; group++) {
-        float sum = row->sums[2 * at + group];
-        if (form.group == 32) sum += row->sums[2 * at + 1];
-        if (form.offsets || form.zero != 0) added = v16_fma(v16_load(to->offset[group]), v16_set(sum), added);
-        v16_store(to->scale[group], v16_mul(v16_load(to->scale[group]), v16_set(row->scales[at])));
-    }
-    __asm__ volatile("" : "+m"(*to));
-    return added;
+/* A row's sums of 16 outputs go on by one group of inputs, whose exact sums are `value`. */
+OV_INLINE V16 add_scaled(OvCoding form, V16 sums, V16 value, V16 scale, V16 offset, uint8_t *record, int64_t width,
+                         int which, int64_t row) {
+    sums = v16_fma(value, v16_mul(scale, v16_set(*record_scale(record, row))), sums);
+    if (form.offsets) sums = v16_fma(offset, v16_set(*record_scaled_sum(record, width, which, row)), sums);
+    return sums;
 }
 
-OV_INLINE void integer_panel_of(OvCoding form, const Product *product, const OvSegment *segment, int64_t panel,
-                                const IntegerRow *row, const uint8_t *fetch, int64_t fetch_bytes) {
-    const uint8_t *from = ov_panel(segment, panel);
-    const int64_t num_steps = product->matrix->num_steps, last = num_steps - 1;
-    const int64_t code_bytes = OV_PANEL * OV_STEP * (form.low_bits + form.high_bits) / 8;
-    float joined[OV_PANEL] __attribute__((aligned(64)));
-    V16 offsets = v16_zero();
-    for (int first = 0; first < OV_PANEL; first += OV_INTEGER_OUTPUTS) {
-        OvScales scales[2];
-        Sums sums[OV_INTEGER_OUTPUTS];
+/* Some rows of a group in integers. */
+typedef struct {
+    uint8_t *record; /* of the first step */
+    RecordShape shape;
+    int64_t first; /* of the rows, in their group */
+    int64_t row;   /* the same, in the step */
+} Rows;
+
+/* One group of inputs of a step, times `count` rows, onto their sums. */
+OV_INLINE void add_group(OvCoding form, const uint8_t *codes, int group, V16 scale, V16 offset, const Rows *rows,
+                         uint8_t *record, int count, V16 sums[OV_ROWS_AT_ONCE]) {
+    const int lines = form.group / 4, which = form.group == OV_STEP ? OV_WHOLE : OV_HALF + group;
+    const int64_t width = rows->shape.rows;
+    const uint8_t *numbers = record + rows->shape.numbers_at + rows->first * OV_STEP;
+    Exact exact[OV_ROWS_AT_ONCE];
+    OV_UNROLL
+    for (int r = 0; r < count; r++) exact[r] = exact_zero();
+    OV_UNROLL
+    for (int j = group * lines; j < (group + 1) * lines; j++) {
+        OvLine line;
+        read_line(form, codes, j, &line);
         OV_UNROLL
-        for (int i = 0; i < OV_INTEGER_OUTPUTS; i++) sums[i] = sums_zero();
-        V16 added = read_integer_scales(form, segment, from, 0, row, last, &scales[0]), next;
-        const uint8_t *codes = from + segment->codes_at;
-        for (int64_t step = 0; step < num_steps; step++, codes += code_bytes, added = next) {
-            for (int64_t i = 0; i < fetch_bytes; i += 64) _mm_prefetch((const char *)fetch + i, _MM_HINT_T0);
-            fetch += fetch_bytes;
-            next = read_integer_scales(form, segment, from, step + 1, row, last, &scales[(step + 1) & 1]);
-            if (first == 0) offsets = v16_add(offsets, added);
-            const Words x = load_words(row->codes + step * OV_STEP);
-            const uint8_t *high = codes + OV_PANEL * OV_STEP * form.low_bits / 8;
-            OV_UNROLL
-            for (int i = 0; i < OV_INTEGER_OUTPUTS; i++)
-                sums[i] = add_scaled(form, sums[i], words_of(form, codes, high, first + i), x, &scales[step & 1],
-                                     first + i);
+        for (int r = 0; r < count; r++) {
+            int32_t four;
+            memcpy(&four, numbers + r * OV_STEP + 4 * j, 4);
+            exact[r] = exact_add(form, exact[r], &line, four);
         }
-        join_lanes(sums, joined + first);
-        fetch_bytes = 0;
     }
-    finish_row(product, segment, panel, 0, v16_add(v16_load(joined), offsets));
+    OV_UNROLL
+    for (int r = 0; r < count; r++) {
+        const int64_t row = rows->first + r;
+        const V16 value = exact_value(form, exact[r], *record_sum(record, width, which, row));
+        sums[r] = add_scaled(form, sums[r], value, scale, offset, record, width, which, row);
+    }
 }
 
-static void integer_panel(const Product *product, const OvSegment *segment, int64_t panel, const IntegerRow *row,
-                          const uint8_t *fetch, int64_t fetch_bytes) {
-#define OV_INTEGER_CASE(name) \
-    case OV_ENC_##name: \
-        integer_panel_of(OV_CODINGS[OV_ENC_##name], product, segment, panel, row, fetch, fetch_bytes); \
-        break;
-    switch (segment->encoding) {
-        OV_INTEGER_CASE(Q4_0)
-        OV_INTEGER_CASE(Q4_1)
-        OV_INTEGER_CASE(Q5_0)
-        OV_INTEGER_CASE(Q5_1)
-        OV_INTEGER_CASE(Q8_0)
-        OV_INTEGER_CASE(Q2_K)
-        OV_INTEGER_CASE(Q3_K)
-        OV_INTEGER_CASE(Q4_K)
-        OV_INTEGER_CASE(Q5_K)
-        OV_INTEGER_CASE(Q6_K)
-    default: break; /* integers_serve refuses matrices that are not quantised */
+/* A panel times `count` rows, a constant. */
+OV_INLINE void integer_rows_of(OvCoding form, const Product *product, const OvSegment *segment, int64_t panel,
+                               const Rows *rows, int count, Fetch *fetch) {
+    const uint8_t *from = ov_panel(segment, panel);
+    uint8_t *record = rows->record;
+    V16 sums[OV_ROWS_AT_ONCE];
+    OV_UNROLL
+    for (int r = 0; r < count; r++) sums[r] = v16_zero();
+    for (int64_t step = 0; step < product->matrix->num_steps; step++, record += rows->shape.bytes) {
+        fetch_step(fetch);
+        const uint8_t *codes = step_codes(form, segment, from, step);
+        V16 scale, offset;
+        read_group(form, segment, from, step, 0, &scale, &offset);
+        add_group(form, codes, 0, scale, offset, rows, record, count, sums);
+        if (form.group == OV_STEP) continue;
+        read_group(form, segment, from, step, 1, &scale, &offset);
+        add_group(form, codes, 1, scale, offset, rows, record, count, sums);
     }
-#undef OV_INTEGER_CASE
+    OV_UNROLL
+    for (int r = 0; r < count; r++) finish_row(product, segment, panel, rows->row + r, sums[r]);
 }
+
+#ifdef OV_AMX
+#include "linear_integer_amx_impl.h"
+#endif
+
+/* A panel times rows [row, last), the first of which starts a record. */
+OV_INLINE void integer_panel_of(OvCoding form, const Product *product, const OvSegment *segment, int64_t panel,
+                                int64_t row, int64_t last, Fetch *fetch) {
+    Rows rows = {.shape = record_shape(product->num_rows)};
+    const int64_t record_bytes = product->matrix->num_steps * rows.shape.bytes;
+    Fetch none = {0};
+#ifdef OV_AMX
+    if (last - row > OV_FEW_ROWS) unpack_panel(form, segment, panel, product->matrix->num_steps, product->tiles);
+#endif
+    for (int64_t count; row < last; row += count, fetch = &none) {
+        rows.record = (uint8_t *)product->records + row / rows.shape.rows * record_bytes;
+        rows.first = row % rows.shape.rows;
+        rows.row = row;
+#ifdef OV_AMX
+        count = ov_min(OV_RECORD_ROWS, last - row);
+        if (rows.first == 0 && count > OV_FEW_ROWS) {
+            integer_tiles(form, product, segment, panel, &rows, count, fetch);
+            continue;
+        }
+#endif
+        count = ov_min(OV_ROWS_AT_ONCE, last - row);
+#define OV_ROWS_CASE(n) \
+    case n: integer_rows_of(form, product, segment, panel, &rows, n, fetch); break;
+        switch (count) {
+            OV_ROWS_CASE(1)
+            OV_ROWS_CASE(2)
+#ifdef OV_AVX512
+            OV_ROWS_CASE(3)
+            OV_ROWS_CASE(4)
+            OV_ROWS_CASE(5)
+            OV_ROWS_CASE(6)
+            OV_ROWS_CASE(7)
+            OV_ROWS_CASE(8)
+#endif
+        default: break;
+        }
+#undef OV_ROWS_CASE
+    }
+}
+
+typedef void (*IntegerPanel)(const Product *, const OvSegment *, int64_t panel, int64_t row, int64_t last, Fetch *);
+
+/* By encoding, apart so that each has its own registers. */
+#define OV_INTEGER_PANEL(name) \
+    static __attribute__((noinline)) void name##_panel(const Product *product, const OvSegment *segment, \
+                                                       int64_t panel, int64_t row, int64_t last, Fetch *fetch) { \
+        integer_panel_of(OV_CODINGS[OV_ENC_##name], product, segment, panel, row, last, fetch); \
+    }
+OV_INTEGER_PANEL(Q4_0)
+OV_INTEGER_PANEL(Q4_1)
+OV_INTEGER_PANEL(Q5_0)
+OV_INTEGER_PANEL(Q5_1)
+OV_INTEGER_PANEL(Q8_0)
+OV_INTEGER_PANEL(Q2_K)
+OV_INTEGER_PANEL(Q3_K)
+OV_INTEGER_PANEL(Q4_K)
+OV_INTEGER_PANEL(Q5_K)
+OV_INTEGER_PANEL(Q6_K)
+
+/* NULL for dense encodings. */
+static const IntegerPanel OV_INTEGER_PANELS[OV_NUM_ENCODINGS] = {
+    [OV_ENC_Q4_0] = Q4_0_panel, [OV_ENC_Q4_1] = Q4_1_panel, [OV_ENC_Q5_0] = Q5_0_panel, [OV_ENC_Q5_1] = Q5_1_panel,
+    [OV_ENC_Q8_0] = Q8_0_panel, [OV_ENC_Q2_K] = Q2_K_panel, [OV_ENC_Q3_K] = Q3_K_panel, [OV_ENC_Q4_K] = Q4_K_panel,
+    [OV_ENC_Q5_K] = Q5_K_panel, [OV_ENC_Q6_K] = Q6_K_panel,
+};

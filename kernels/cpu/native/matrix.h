@@ -7,16 +7,17 @@
  *                                    or int8 [groups][16], uint8 [groups][16] minimums        (K-quants)
  *     codes     of each step:        low bits, then high bits
  *
- * every part of it padded to 64 bytes. Codes of 2 and 4 bits lie in 16-bit words: word j of a run of 32 holds input
- * j of 16 / bits neighbouring outputs, so that one shift of a 64-byte register gives an output's 32 indices:
+ * every part of it padded to 64 bytes. Codes of b bits lie in b lines of 64 bytes (an AVX-512 register, a row of an AMX
+ * tile). Byte 4 o + i of a line is about output o; inputs 4 j + i, for j of 0 to 7, share the lines so that one shift of
+ * a whole register gives four inputs of all 16 outputs, as products of bytes want them:
  *
- *     4 bits    word j: | output 0 | output 1 | output 2 | output 3 |   lowest first; 4 runs for 16 outputs
- *     2 bits    word j: 8 outputs;                                       2 runs
- *     1 bit     uint32 [16 outputs], bit j is input j
- *     8 bits    int8 [16 outputs][32]
+ *     4 bits    line l: | j = l | j = l + 4 |                     lowest bits first
+ *     2 bits    line l: | j = l | l + 2 | l + 4 | l + 6 |
+ *     1 bit     bit j
+ *     8 bits    line j
  *
  * A value is (code - zero) * scale + offset, exact in fp32 but for the last sum; the bits in memory are those of the
- * file, give or take scales of 6 bits that lie in 8. Dense tiles are [16 outputs][32 inputs], of BF16 in natural order
+ * file, give or take scales of 6 bits that lie in 8, and a sign that is an offset of 128. Dense tiles are [16 outputs][32 inputs], of BF16 in natural order
  * (what AMX loads as it is), of F16 and F32 with the 16 even inputs first, then the 16 odd ones.
  *
  * What lies beyond the last output or input is zero. */
@@ -25,6 +26,7 @@
 
 #include <stdbool.h>
 
+#include "arena.h"
 #include "octavo_cpu.h"
 
 enum { OV_PANEL = 16, OV_STEP = 32, OV_UNIT = 256, OV_MAX_SEGMENTS = 16 };
@@ -47,7 +49,7 @@ typedef enum {
 } OvEncoding;
 
 typedef struct {
-    int low_bits;  /* of a code, in words (2, 4) or bytes (8); of a value where dense (16, 32) */
+    int low_bits;  /* of a code; of a value where dense (16, 32) */
     int high_bits; /* 0, 1, 2: above the low ones */
     int group;     /* inputs that share a scale: 16, 32; 0 where dense */
     int zero;      /* the code of the value `offset` */
@@ -64,7 +66,7 @@ static const OvCoding OV_CODINGS[OV_NUM_ENCODINGS] = {
     [OV_ENC_Q4_1] = {4, 0, 32, 0, true, false, 32, 20},
     [OV_ENC_Q5_0] = {4, 1, 32, 16, false, false, 32, 22},
     [OV_ENC_Q5_1] = {4, 1, 32, 0, true, false, 32, 24},
-    [OV_ENC_Q8_0] = {8, 0, 32, 0, false, false, 32, 34},
+    [OV_ENC_Q8_0] = {8, 0, 32, 128, false, false, 32, 34},
     [OV_ENC_Q2_K] = {2, 0, 16, 0, true, true, 256, 84},
     [OV_ENC_Q3_K] = {2, 1, 16, 4, false, true, 256, 110},
     [OV_ENC_Q4_K] = {4, 0, 32, 0, true, true, 256, 144},
@@ -86,6 +88,7 @@ typedef struct {
 typedef struct {
     int64_t num_inputs, num_outputs, num_steps, num_bytes;
     int64_t num_segments;
+    OvRegion *region; /* where the panels lie */
     OvSegment segments[OV_MAX_SEGMENTS];
 } OvMatrix;
 

@@ -29,8 +29,7 @@ typedef enum {
                          As above */
     OV_ADD,           /* out[r] = f[0] * a[r] + b[r]; n[0] width */
     OV_LINEAR,        /* out[r] = weight . a[r] + b; weight: OvMatrix; b: fp32 [num_outputs] or NULL;
-                         n[0]: 1 if out is fp32 whatever the working type; n[1]: 1 if a step of a single row may
-                         multiply quantised weights in integers (the exception to "one arithmetic") */
+                         n[0]: 1 if out is fp32 whatever the working type */
     OV_GATED,         /* out[r][i] = act(a[r][i]) * a[r][n[0] + i]; n[0] width of out; n[1] OvActivation */
     OV_ROPE_WRITE,    /* rotates q and k of a = qkv [.., (heads + 2 kv_heads) * head_dim], writes k and v to their
                          slots of the layer, leaves q in out [.., heads * head_dim]. spec: OvAttention; out2: K/V layer;

@@ -1,10 +1,8 @@
 /* Matrices laid out for the products, from the bytes of files. See matrix.h for the layout. */
-#define _GNU_SOURCE
 #include "pack.h"
 
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -28,7 +26,7 @@ int64_t ov_packed_bytes(int type, int64_t encoding, int64_t num_outputs, int64_t
     return segment.num_panels * segment.panel_bytes;
 }
 
-int ov_matrix_create(const OvContext *context, int64_t num_inputs, const OvPart *parts, int64_t num_parts,
+int ov_matrix_create(OvContext *context, int64_t num_inputs, const OvPart *parts, int64_t num_parts,
                      OvMatrix **out) {
     OvInfo info;
     ov_info(context, &info);
@@ -51,18 +49,16 @@ int ov_matrix_create(const OvContext *context, int64_t num_inputs, const OvPart 
     }
     OvMatrix *made = malloc(sizeof *made);
     if (made == NULL) return OV_NO_MEMORY;
-    /* Large ones in pages of 2 MB where the system gives them: fewer misses of address translation. */
-    size_t page = matrix.num_bytes >= (4 << 20) ? 2 << 20 : 64;
-    size_t room = ((size_t)matrix.num_bytes + page - 1) / page * page;
-    void *memory = aligned_alloc(page, room);
+    ov_context_lock(context);
+    uint8_t *memory = ov_region_take(ov_context_region(context), (size_t)matrix.num_bytes, &matrix.region);
+    ov_context_unlock(context);
     if (memory == NULL) {
         free(made);
         return OV_NO_MEMORY;
     }
-    if (page > 64) madvise(memory, room, MADV_HUGEPAGE);
     *made = matrix;
     for (int64_t i = 0, at = 0; i < num_parts; i++) {
-        made->segments[i].panels = (uint8_t *)memory + at;
+        made->segments[i].panels = memory + at;
         at += made->segments[i].num_panels * made->segments[i].panel_bytes;
     }
     *out = made;
@@ -71,7 +67,7 @@ int ov_matrix_create(const OvContext *context, int64_t num_inputs, const OvPart 
 
 void ov_matrix_destroy(OvMatrix *matrix) {
     if (matrix == NULL) return;
-    free(matrix->segments[0].panels);
+    ov_region_release(matrix->region);
     free(matrix);
 }
 
@@ -93,26 +89,18 @@ static void put_scales(const OvCoding *form, uint8_t *scales, int output, const 
     }
 }
 
-static void put_words(const uint8_t *codes, int bits, int shift, int output, uint8_t *to) {
-    int per_word = 16 / bits;
-    uint16_t *words = (uint16_t *)to + output / per_word * OV_STEP;
-    int place = output % per_word * bits;
+/* One field of `bits` bits of each of 32 inputs, into lines of an output. */
+static void put_lines(const uint8_t *codes, int bits, int shift, int output, uint8_t *lines) {
     unsigned mask = (1u << bits) - 1;
-    for (int j = 0; j < OV_STEP; j++) words[j] |= (uint16_t)((codes[j] >> shift & mask) << place);
+    for (int input = 0; input < OV_STEP; input++) {
+        int j = input / 4;
+        lines[j % bits * 64 + 4 * output + input % 4] |= (uint8_t)((codes[input] >> shift & mask) << j / bits * bits);
+    }
 }
 
 static void put_codes(const OvCoding *form, const uint8_t *codes, int output, uint8_t *to) {
-    if (form->low_bits == 8) {
-        memcpy(to + output * OV_STEP, codes, OV_STEP);
-        return;
-    }
-    uint8_t *high = to + OV_PANEL * OV_STEP * form->low_bits / 8;
-    put_words(codes, form->low_bits, 0, output, to);
-    if (form->high_bits == 2) put_words(codes, 2, form->low_bits, output, high);
-    if (form->high_bits != 1) return;
-    uint32_t bits = 0;
-    for (int j = 0; j < OV_STEP; j++) bits |= (uint32_t)(codes[j] >> form->low_bits & 1) << j;
-    ((uint32_t *)high)[output] = bits;
+    put_lines(codes, form->low_bits, 0, output, to);
+    if (form->high_bits != 0) put_lines(codes, form->high_bits, form->low_bits, output, to + 64 * form->low_bits);
 }
 
 static void pack_quantised(const OvSegment *segment, int64_t num_steps, const uint8_t *row, int output,

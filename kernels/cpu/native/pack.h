@@ -8,9 +8,8 @@
 /* Bytes that a matrix of a known encoding will take for a working type. */
 OV_EXPORT int64_t ov_packed_bytes(int type, int64_t encoding, int64_t num_outputs, int64_t num_inputs);
 
-
 /* Room for a matrix of these parts, one below the other; its values are rubbish until filled. */
-OV_EXPORT int ov_matrix_create(const OvContext *, int64_t num_inputs, const OvPart *parts, int64_t num_parts,
+OV_EXPORT int ov_matrix_create(OvContext *, int64_t num_inputs, const OvPart *parts, int64_t num_parts,
                                OvMatrix **out);
 OV_EXPORT void ov_matrix_destroy(OvMatrix *);
 OV_EXPORT int64_t ov_matrix_bytes(const OvMatrix *);

@@ -44,7 +44,7 @@ static void read_simple(OvEncoding encoding, const uint8_t *block, OvCodes *out)
         rest += 2;
     }
     if (encoding == OV_ENC_Q8_0) {
-        memcpy(out->codes, rest, 32);
+        for (int j = 0; j < 32; j++) out->codes[j] = rest[j] ^ 0x80; /* -128 is code 0 */
     } else if (OV_CODINGS[encoding].high_bits == 1) {
         nibbles(rest + 4, out->codes);
         fifth_bits(rest, out->codes);

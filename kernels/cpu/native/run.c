@@ -33,6 +33,7 @@ struct OvContext {
     const OvKernels *kernels;
     OvType type;
     OvTeam *team;
+    OvRegion *region; /* for matrices */
     pthread_mutex_t lock;
     size_t scratch_bytes, shared_bytes;
     void *memory; /* of all threads' scratch, then what they share */
@@ -171,6 +172,7 @@ void ov_destroy(OvContext *context) {
     if (context == NULL) return;
     if (context->team != NULL) ov_team_destroy(context->team);
     pthread_mutex_destroy(&context->lock);
+    ov_region_release(context->region);
     free(context->memory);
     free(context);
 }
@@ -184,5 +186,6 @@ void ov_info(const OvContext *context, OvInfo *out) {
 }
 
 OvTeam *ov_context_team(OvContext *context) { return context->team; }
+OvRegion **ov_context_region(OvContext *context) { return &context->region; }
 void ov_context_lock(OvContext *context) { pthread_mutex_lock(&context->lock); }
 void ov_context_unlock(OvContext *context) { pthread_mutex_unlock(&context->lock); }

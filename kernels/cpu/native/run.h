@@ -2,6 +2,7 @@
 #ifndef OCTAVO_RUN_H
 #define OCTAVO_RUN_H
 
+#include "arena.h"
 #include "octavo_cpu.h"
 #include "team.h"
 
@@ -37,6 +38,9 @@ OV_EXPORT int ov_run(OvContext *, const OvOp *ops, int64_t num_ops, const OvStep
 OvTeam *ov_context_team(OvContext *);
 void ov_context_lock(OvContext *);
 void ov_context_unlock(OvContext *);
+
+/* Where the next matrix goes; under the lock. */
+OvRegion **ov_context_region(OvContext *);
 
 /* cpu_features.c */
 unsigned ov_cpu_supports(void);

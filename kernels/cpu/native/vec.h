@@ -42,6 +42,9 @@ OV_INLINE uint16_t ov_bf16_of_float(float value) {
 #define OV_TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
 /* dst [16][16] fp32 += a [16][32] bf16 . b [16 pairs][16][2] bf16 */
 #define OV_TILE_DOT(dst, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #dst ::)
+/* dst [16][16] int32 += a [16][32] int8 . b [8 fours][16][4] bytes, signed or not */
+#define OV_TILE_DOT_SIGNED(dst, a, b) __asm__ volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #dst ::)
+#define OV_TILE_DOT_UNSIGNED(dst, a, b) __asm__ volatile("tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #dst ::)
 
 /* Rows and bytes per row of the eight tiles, as the processor wants them. */
 typedef struct {

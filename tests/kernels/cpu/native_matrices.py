@@ -90,10 +90,27 @@ def rows(context: NativeContext, num_rows: int, width: int, seed: int = 1) -> to
     return torch.randn(num_rows, width, generator=torch.Generator().manual_seed(seed)).to(context.dtype)
 
 
+def rounded_rows(x: torch.Tensor) -> torch.Tensor:
+    """Rows as products in integers have them: every 32 inputs in 8 bits with a scale of their own. fp64."""
+    steps = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 32)).view(x.shape[0], -1, 32)
+    largest = steps.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 1e-30, torch.full_like(largest, 127) / largest, 0.0)
+    whole = (steps * inverse).round()
+    return (whole.double() * (largest / torch.full_like(largest, 127)).double()).view(x.shape[0], -1)[:, : x.shape[1]]
+
+
+def multiplied(context: NativeContext, x: torch.Tensor, weight: Weight) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows and the weights that a product of the two really multiplies."""
+    if context.dtype is torch.bfloat16 and weight.encoding not in DENSE:
+        return rounded_rows(x), weight.dequantize(torch.float32)
+    return x, weight.dequantize(context.dtype)
+
+
 def assert_product(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-    """y = x @ weight^T + bias, but for the rounding of sums and of the result."""
+    """y = x @ weight^T + bias, but for the rounding of sums and of the result. Codes and offsets of a weight may be
+    summed apart, so what counts of its magnitude is the largest of the row."""
     expected = x.double() @ weight.double().T
-    magnitude = x.double().abs() @ weight.double().abs().T
+    magnitude = x.double().abs().sum(1, keepdim=True) * weight.double().abs().amax(1)
     if bias is not None:
         expected = expected + bias.double()
     slack = 1e-6 * magnitude + torch.finfo(y.dtype).eps * expected.abs() + 1e-6

@@ -93,7 +93,7 @@ def test_experts_equal_the_reference(
             found = native.moe(x, logits, ours, spec)  # type: ignore[arg-type]
             exact = oracle.moe(x.float(), logits.float(), theirs, spec)  # type: ignore[arg-type]
             assert found.dtype is dtype
-            close = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+            close = {"rtol": 4e-2, "atol": 4e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
             torch.testing.assert_close(found.float(), exact, **close)
 
 

@@ -1,90 +1,87 @@
-"""The product of a single row in integers: close to the exact one, asked for, and for single rows of quantised weights
-only."""
+"""Products in integers, as quantised weights take them with bfloat16: what is rounded, what is exact, and that all
+instruction sets agree to the last bit."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
-from native_matrices import DENSE, assert_product, linear, random_weight, rows, width_of
-from octavo.kernels.cpu.library import NativeContext, Op, OpKind, Step
-from octavo.kernels.cpu.packing import NATIVE_ENCODINGS, PackedMatrix, pack_matrix
-from octavo.kernels.select import label, select_backend
+from native_matrices import DENSE, FLOATS_AT, Weight, assert_product, linear, multiplied, random_weight, rows, width_of
+from octavo.kernels.cpu.library import NativeContext, supported_isas
+from octavo.kernels.cpu.packing import NATIVE_ENCODINGS, pack_matrix
+from octavo.model.weights.ggml_types import BLOCK_LAYOUT
 
+pytestmark = pytest.mark.skipif(not supported_isas(), reason="no native library for this machine")
 QUANTISED = [encoding for encoding in NATIVE_ENCODINGS if encoding not in DENSE]
-CPU = torch.device("cpu")
 
 
-def in_integers(context: NativeContext, matrix: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
-    out = torch.full((x.shape[0], matrix.num_outputs), math.nan)
-    op = Op(kind=OpKind.LINEAR, a=x.data_ptr(), out=out.data_ptr(), weight=matrix.pointer)
-    op.stride_a, op.stride_out = x.stride(0), out.stride(0)
-    op.n[0], op.n[1] = 1, 1
-    context.run([op], Step(num_tokens=x.shape[0]))
-    return out
+@pytest.fixture(params=supported_isas())
+def context(request: pytest.FixtureRequest) -> Iterator[NativeContext]:
+    with NativeContext(torch.bfloat16, 2, request.param) as context:
+        yield context
 
 
 @pytest.mark.parametrize("encoding", QUANTISED)
-def test_one_row_is_rounded_to_sixteen_bits_and_nothing_else(native: NativeContext, encoding: str) -> None:
+def test_a_step_of_large_inputs_does_not_blur_the_others(context: NativeContext, encoding: str) -> None:
     weight = random_weight(encoding, 70, width_of(encoding))
-    exact = weight.dequantize(torch.float32).double()
-    matrix = pack_matrix([weight], native)
-    for seed in range(3):
-        x = rows(native, 1, weight.shape[1], seed)
-        x[:, 40:64] *= 300  # an outlier in one step must not blur the others
-        x[:, 32:36] = 0
-        steps = torch.nn.functional.pad(x.double(), (0, -x.shape[1] % 32)).view(-1, 32)
-        unit = (steps.abs().amax(1, keepdim=True) / 32767).expand(-1, 32).reshape(-1)[: x.shape[1]]
-        slack = (unit * 0.51) @ exact.abs().T + 2e-6 * (x.double().abs() @ exact.abs().T) + 1e-6
-        # Codes and scales are summed apart from offsets, which may be large and cancel.
-        slack = slack + 2e-6 * 70 * (x.double().abs().sum() * exact.abs().max())
-        found = in_integers(native, matrix, x)
-        assert ((found.double() - x.double() @ exact.T).abs() <= slack).all()
+    matrix = pack_matrix([weight], context)
+    x = rows(context, 20, weight.shape[1])
+    x[:, 40:64] *= 300
+    x[3, 32:] = 0
+    x[4] *= 1e-12
+    x[5] *= 1e12
+    for some in (x, x[:7]):
+        for y, row in zip(linear(context, matrix, some), some, strict=True):
+            assert_product(y[None], *multiplied(context, row[None], weight))
+    assert not linear(context, matrix, torch.zeros_like(x)).any()
 
 
-def test_more_rows_are_multiplied_as_ever(native: NativeContext) -> None:
-    matrix = pack_matrix([random_weight("Q4_1", 50, 96)], native)
-    x = rows(native, 3, 96)
-    assert torch.equal(in_integers(native, matrix, x), linear(native, matrix, x))
+@pytest.mark.parametrize("encoding", QUANTISED)
+def test_codes_at_their_limits_are_summed_exactly(context: NativeContext, encoding: str) -> None:
+    """All bits of the codes set, or none, and all inputs as large as can be: the sums that use most bits, where byte
+    products may not saturate."""
+    weight = random_weight(encoding, 16, width_of(encoding))
+    raw = weight.raw().clone()
+    ordinary = weight.dequantize(torch.float32)
+    for value in (0, 255):
+        extreme = Weight(encoding, torch.where(_free_bytes(weight), torch.tensor(value, dtype=torch.uint8), raw))
+        assert not torch.equal(extreme.dequantize(torch.float32), ordinary)
+        matrix = pack_matrix([extreme], context)
+        x = torch.ones(17, weight.shape[1], dtype=torch.bfloat16)
+        x[::2] *= -3
+        y = linear(context, matrix, x)
+        assert_product(y, *multiplied(context, x, extreme))
+        assert torch.equal(torch.cat([linear(context, matrix, row[None]) for row in x]), y)
 
 
-def test_dense_parts_keep_a_matrix_out_of_it(native: NativeContext) -> None:
-    parts = [random_weight("Q4_0", 20, 96), random_weight("BF16", 20, 96, seed=1)]
-    x = rows(native, 1, 96)
-    matrix = pack_matrix(parts, native)
-    assert torch.equal(in_integers(native, matrix, x), linear(native, matrix, x))
-    assert_product(in_integers(native, matrix, x), x, torch.cat([part.dequantize(native.dtype) for part in parts]))
+def _free_bytes(weight: Weight) -> torch.Tensor:
+    """Bytes of a file's rows that may be anything: all but the fp16 fields."""
+    block_bytes = BLOCK_LAYOUT[weight.encoding][1]
+    free = torch.ones(block_bytes, dtype=torch.bool)
+    for start in FLOATS_AT[weight.encoding]:
+        free[start : start + 2] = False
+    return free.repeat(weight.raw().shape[1] // block_bytes).expand_as(weight.raw())
 
 
-def test_parts_of_several_encodings_and_any_number_of_threads(native: NativeContext) -> None:
-    parts = [random_weight(encoding, 40 + 7 * i, 256, seed=i) for i, encoding in enumerate(("Q4_K", "Q8_0", "Q6_K"))]
-    x = rows(native, 1, 256)
-    found = in_integers(native, pack_matrix(parts, native), x)
-    alone = [in_integers(native, pack_matrix([part], native), x) for part in parts]
-    assert torch.equal(found, torch.cat(alone, dim=1))
-    with NativeContext(native.dtype, 1, native.info().isa.decode()) as single:
-        assert torch.equal(in_integers(single, pack_matrix(parts, single), x), found)
+@pytest.mark.parametrize("encoding", QUANTISED)
+def test_instruction_sets_give_the_same_bits(encoding: str) -> None:
+    weight = random_weight(encoding, 50, width_of(encoding, short=160))
+    found = []
+    for isa in supported_isas():
+        with NativeContext(torch.bfloat16, 2, isa) as context:
+            found.append(linear(context, pack_matrix([weight], context), rows(context, 45, weight.shape[1])))
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_stays_visible(native: NativeContext, bad: float) -> None:
-    matrix = pack_matrix([random_weight("Q8_0", 20, 64)], native)
-    x = rows(native, 1, 64)
+@pytest.mark.parametrize("num_rows", [1, 20])
+def test_what_is_not_finite_stays_visible(context: NativeContext, bad: float, num_rows: int) -> None:
+    matrix = pack_matrix([random_weight("Q8_0", 20, 64)], context)
+    x = rows(context, num_rows, 64)
+    clean = linear(context, matrix, x)
     x[0, 37] = bad
-    assert not in_integers(native, matrix, x).isfinite().any()
-    assert not in_integers(native, matrix, torch.zeros_like(x)).any()
-
-
-def test_the_backend_says_so(native: NativeContext) -> None:
-    backend = select_backend("cpu-integer", CPU, native.dtype, 64)
-    assert "integer products for one row" in label(backend)
-    assert "integer" not in label(select_backend("cpu", CPU, native.dtype, 64))
-    weight = random_weight("Q4_1", 64, 96)
-    x = rows(native, 1, 96)
-    exact = select_backend("cpu", CPU, native.dtype, 64)
-    close, apart = (made.logits(x, made.pack_linear([weight])) for made in (exact, backend))
-    assert not torch.equal(close, apart)
-    assert torch.allclose(close, apart, rtol=0.02, atol=0.02 * close.abs().max().item())
-    both = torch.cat((x, x))
-    assert torch.equal(*(made.logits(both, made.pack_linear([weight])) for made in (exact, backend)))
+    found = linear(context, matrix, x)
+    assert not found[0].isfinite().any()
+    assert torch.equal(found[1:], clean[1:])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_matrices import DENSE, Weight, assert_product, linear, random_weight, rows, width_of
+from native_matrices import DENSE, Weight, assert_product, linear, multiplied, random_weight, rows, width_of
 from octavo.kernels.cpu.library import NativeContext, Op, OpKind, Step
 from octavo.kernels.cpu.packing import NATIVE_ENCODINGS, PackedMatrix, pack_matrix
 from octavo.model.weights.ggml_types import BLOCK_LAYOUT
@@ -51,7 +51,7 @@ def test_products_of_any_number_of_rows(native: NativeContext, encoding: str) ->
     matrix = pack_matrix([weight], native)
     x = rows(native, max(ROW_COUNTS), weight.shape[1])
     alone = torch.cat([linear(native, matrix, x[i : i + 1]) for i in range(x.shape[0])])
-    assert_product(alone, x, weight.dequantize(native.dtype))
+    assert_product(alone, *multiplied(native, x, weight))
     for num_rows in ROW_COUNTS:
         assert torch.equal(linear(native, matrix, x[:num_rows]), alone[:num_rows])
 
@@ -95,10 +95,12 @@ def test_parts_of_several_encodings_keep_their_order(native: NativeContext) -> N
     matrix = pack_matrix(parts, native)
     assert matrix.encodings == encodings
     x = rows(native, 19, 256)
-    y = linear(native, matrix, x)
-    assert torch.equal(y, torch.cat([linear(native, pack_matrix([part], native), x) for part in parts], dim=1))
+    for num_rows in (19, 1, 9):
+        alone = [linear(native, pack_matrix([part], native), x[:num_rows]) for part in parts]
+        assert torch.equal(linear(native, matrix, x[:num_rows]), torch.cat(alone, dim=1))
+        for part, y in zip(parts, alone, strict=True):
+            assert_product(y, *multiplied(native, x[:num_rows], part))
     weight = torch.cat([part.dequantize(native.dtype) for part in parts])
-    assert_product(y, x, weight)
     ids = [0, 19, 20, 46, 47, matrix.num_outputs - 1]
     assert torch.equal(embed(native, matrix, ids), weight[ids])
 
@@ -139,6 +141,19 @@ def test_quantised_weights_stay_as_small_as_in_the_file(native: NativeContext) -
 def test_matrices_of_different_inputs_do_not_merge(native: NativeContext) -> None:
     with pytest.raises(ValueError, match="different inputs"):
         pack_matrix([random_weight("Q8_0", 8, 32), random_weight("Q8_0", 8, 64)], native)
+
+
+def test_matrices_that_share_memory_outlive_one_another(native: NativeContext) -> None:
+    weights = [random_weight("Q5_1", num_outputs, 64, seed=num_outputs) for num_outputs in (16, 70, 33, 5)]
+    x = rows(native, 3, 64)
+    matrices = [pack_matrix([weight], native) for weight in weights]
+    expected = [linear(native, matrix, x) for matrix in matrices]
+    del matrices[1], expected[1]
+    matrices.append(pack_matrix([random_weight("F32", 40_000, 64)], native))
+    expected.append(linear(native, matrices[-1], x))
+    del matrices[0], expected[0]
+    for matrix, before in zip(matrices, expected, strict=True):
+        assert torch.equal(linear(native, matrix, x), before)
 
 
 def test_no_rows_are_nothing(native: NativeContext) -> None:

@@ -1,0 +1,91 @@
+/* Integer products of many rows in AMX tiles: 16 rows times 16 outputs of one group of inputs are one product, whose
+ * exact sums go through memory to be scaled. They are the sums that vectors make (linear_integer_impl.h), and scaled in
+ * the same order: so are the results.
+ *
+ * Next to tile operations a core multiplies vectors on one port instead of two, which is why most of the time goes into
+ * scaling, and why a few rows are better off without tiles. */
+
+/* Unpacked, a group of a step's inputs is its codes (zeros for inputs of the other group), scales and offsets. */
+enum { OV_LINES_BYTES = 8 * 64, OV_UNPACKED_BYTES = OV_LINES_BYTES + 2 * 16 * 4 };
+
+/* 4: rows [16][32]; 5, 6: codes [8 lines]; 0, 1: sums. */
+static void tiles_for_integers(void) {
+    OvTileShapes shapes = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        shapes.row_bytes[i] = i == 4 ? OV_STEP : 64;
+        shapes.rows[i] = i == 5 || i == 6 ? 8 : 16;
+    }
+    ov_tiles_configure(&shapes);
+}
+
+/* A panel's codes, signed if zero is not their lowest, and scales. */
+OV_INLINE void unpack_panel(OvCoding form, const OvSegment *segment, int64_t panel, int64_t num_steps, uint8_t *to) {
+    const int num_groups = OV_STEP / form.group, lines = 8 / num_groups;
+    const uint8_t *from = ov_panel(segment, panel);
+    for (int64_t step = 0; step < num_steps; step++) {
+        const uint8_t *codes = step_codes(form, segment, from, step);
+        for (int group = 0; group < num_groups; group++, to += OV_UNPACKED_BYTES) {
+            OV_UNROLL
+            for (int j = 0; j < 8; j++) {
+                OvLine line;
+                read_line(form, codes, j, &line);
+                __m512i values = _mm512_sub_epi8((__m512i)line, _mm512_set1_epi8((char)form.zero));
+                if (j / lines != group) values = _mm512_setzero_si512();
+                _mm512_store_si512(to + 64 * j, values);
+            }
+            V16 scale, offset;
+            read_group(form, segment, from, step, group, &scale, &offset);
+            v16_store((float *)(to + OV_LINES_BYTES), scale);
+            v16_store((float *)(to + OV_LINES_BYTES) + 16, offset);
+        }
+    }
+}
+
+/* The exact sums of a group, of 16 rows. */
+OV_INLINE void multiply_group(OvCoding form, const uint8_t *numbers, const uint8_t *codes, int odd, int32_t *sums) {
+    OV_TILE_LOAD(4, numbers, OV_STEP);
+    if (odd) {
+        OV_TILE_ZERO(1);
+        OV_TILE_LOAD(6, codes, 64);
+        if (form.zero != 0) OV_TILE_DOT_SIGNED(1, 4, 6);
+        else OV_TILE_DOT_UNSIGNED(1, 4, 6);
+        OV_TILE_STORE(1, sums, 64);
+    } else {
+        OV_TILE_ZERO(0);
+        OV_TILE_LOAD(5, codes, 64);
+        if (form.zero != 0) OV_TILE_DOT_SIGNED(0, 4, 5);
+        else OV_TILE_DOT_UNSIGNED(0, 4, 5);
+        OV_TILE_STORE(0, sums, 64);
+    }
+}
+
+/* An unpacked panel times one whole group of rows, of which `count` are some. The sums of one group of inputs are
+   scaled while those of the next are made. */
+OV_INLINE void integer_tiles(OvCoding form, const Product *product, const OvSegment *segment, int64_t panel,
+                             const Rows *rows, int64_t count, Fetch *fetch) {
+    const int num_groups = OV_STEP / form.group;
+    const int64_t total = product->matrix->num_steps * num_groups;
+    const uint8_t *codes = product->tiles;
+    int32_t exact[2][256] __attribute__((aligned(64)));
+    V16 sums[OV_RECORD_ROWS];
+    OV_UNROLL
+    for (int r = 0; r < OV_RECORD_ROWS; r++) sums[r] = v16_zero();
+    for (int64_t i = 0; i <= total; i++, codes += OV_UNPACKED_BYTES) {
+        const uint8_t *numbers = rows->record + i / num_groups * rows->shape.bytes + rows->shape.numbers_at;
+        if (i % num_groups == 0) fetch_step(fetch);
+        if (i < total) multiply_group(form, numbers, codes, (int)(i & 1), exact[i & 1]);
+        if (i == 0) continue;
+        const int group = (int)((i - 1) % num_groups), which = num_groups == 1 ? OV_WHOLE : OV_HALF + group;
+        uint8_t *record = rows->record + (i - 1) / num_groups * rows->shape.bytes;
+        const float *scales = (const float *)(codes - OV_UNPACKED_BYTES + OV_LINES_BYTES);
+        const V16 scale = v16_load(scales), offset = v16_load(scales + 16);
+        OV_UNROLL
+        for (int r = 0; r < OV_RECORD_ROWS; r++)
+            sums[r] = add_scaled(form, sums[r], _mm512_cvtepi32_ps(_mm512_load_si512(exact[(i - 1) & 1] + 16 * r)), scale,
+                                 offset, record, OV_RECORD_ROWS, which, r);
+    }
+    float done[OV_RECORD_ROWS][16] __attribute__((aligned(64))); /* registers have no index */
+    OV_UNROLL
+    for (int r = 0; r < OV_RECORD_ROWS; r++) v16_store(done[r], sums[r]);
+    for (int64_t r = 0; r < count; r++) finish_row(product, segment, panel, rows->row + r, v16_load(done[r]));
+}
