@@ -1,5 +1,4 @@
-/* Memory for matrices in pages of 2 MB where the system gives them: reading weights of a hundred megabytes in pages of
- * 4 KB spends a good part of the time on translating addresses. */
+/* Memory for matrices in pages of 2 MB where the system gives them: fewer misses of address translation. */
 #ifndef OCTAVO_ARENA_H
 #define OCTAVO_ARENA_H
 

@@ -8,13 +8,14 @@
 
 #ifdef OV_AMX
 
-#include "attention_fetch_impl.h"
 #include "attention_softmax_impl.h"
+#include "fetch_impl.h"
 
 #define OV_TILE_ELEMENTS (16 * 32)
 
 /* Scores of 16 rows of q (q_stride elements apart, padded with zeros to steps of 32 dimensions) against up to four
- * times sixteen keys; a NULL among them is left out. fetch: what to ask for meanwhile. last: the room of the last 16 dimensions, where head_dim % 32 is 16. */
+ * times sixteen keys; a NULL among them is left out. fetch: what to ask for meanwhile. last: the
+ * room of the last 16 dimensions, where head_dim % 32 is 16. */
 static void ov_amx_scores(const uint16_t *q, int64_t q_stride, const void *const *keys, OvFetch *fetch,
                           int64_t width, float *scores, uint16_t *last) {
     const uint16_t *from[4], *any = NULL;

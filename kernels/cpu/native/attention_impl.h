@@ -15,10 +15,11 @@
 
 #include "attention_amx_impl.h"
 #include "attention_dot_impl.h"
-#include "attention_fetch_impl.h"
 #include "attention_items_impl.h"
 #include "elementwise_impl.h"
+#include "fetch_impl.h"
 
+#define OV_CHUNK_KEYS (OV_CHUNK / OV_KEYS)
 #define OV_ITEM_ROWS (4 * OV_TILE)
 #define OV_ITEM_FLOATS (OV_TILE * OV_MAX_HEAD_DIM) /* rows of an item times head_dim, at most */
 
@@ -34,6 +35,7 @@ typedef struct {
     float part_max[OV_TILE], part_sum[OV_TILE];
 } OvAttentionScratch;
 
+_Static_assert(OV_CHUNK_KEYS <= OV_MOST_STRETCHES, "more blocks of a chunk than stretches");
 _Static_assert(sizeof(OvAttentionScratch) <= OV_ATTENTION_SCRATCH, "more scratch than ov_attention_workspace says");
 
 /* An item under way. */
@@ -104,7 +106,8 @@ OV_INLINE void ov_find_keys(OvItem *item, int64_t begin, int64_t end, int bf16) 
     }
 }
 
-/* K (which = 0) or V (1) of the blocks of a chunk that the item's rows look at, to be asked for. */
+/* K (which = 0) or V (1) of the blocks of a chunk that the item's rows look at, to be asked for: V while K of the chunk
+ * is computed with, K of the next one while V is. */
 OV_INLINE OvFetch ov_chunk_to_come(const OvItem *item, int64_t chunk, int which, int bf16) {
     const int64_t base = chunk * OV_CHUNK, last = item->first_row + item->num_rows - 1, size = item->spec->block_size;
     const int64_t begin = ov_seen_keys(item->sequence, item->first_row).begin;

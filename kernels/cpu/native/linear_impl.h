@@ -1,17 +1,18 @@
 /* OV_LINEAR: out[r] = weight . a[r] + bias, in two phases.
  *
  *     arrange     the step's rows into the order that the products read (few rows: each thread does it for itself)
- *     multiply    items of one or two panels of outputs, and a block of rows that stays in the second-level cache
+ *     multiply    items of some panels of outputs, and a block of rows that stays in the second-level cache
  *
  * How one output of one row is summed depends on nothing but the encoding, the instruction set and the working type: its
- * inputs in order, 32 at a time, into one accumulator (of a tile, or of 16 lanes that are added at the end). Neither the
- * number of rows nor who computes which panel plays a part.
+ * inputs in order, 32 at a time, into one accumulator (of a tile, of a lane, or of 16 lanes that are added at the end).
+ * Neither the number of rows nor who computes which panel plays a part.
  *
  *     bf16, quantised    integers                                (linear_integer_impl.h)
  *     bf16, dense        tiles of bf16, or pairs of it in lanes  (linear_amx_impl.h, linear_lanes_impl.h)
  *     everything else    lanes of fp32                           (linear_lanes_impl.h)
  */
 #include "dequant_impl.h"
+#include "fetch_impl.h"
 
 #if defined(OV_AVX512)
 #define OV_ELEMENT_BYTES(type) ((type) == OV_BF16 ? 2 : 4)
@@ -26,7 +27,8 @@
 
 enum {
     OV_TILE_ROWS = 16,
-    OV_MOST_ITEM_PANELS = 8,  /* as many streams of memory */
+    OV_MOST_ITEM_PANELS = 8,
+    OV_STREAMS = 8,           /* of memory, in which an item's panels are asked for */
     OV_THREAD_ITEMS = 6,      /* at least, where there are enough panels */
     OV_OWN_ROWS = 8,          /* up to so many rows every thread arranges its own copy: cheaper than a phase */
     OV_BLOCK_BYTES = 1 << 20, /* of arranged rows that are multiplied with a panel before the next panel's turn */
@@ -41,35 +43,24 @@ typedef struct {
     const uint8_t *rows; /* arranged, or the operator's own */
     int64_t row_bytes;   /* from row to row; with tiles: of a row's share of a tile of rows */
     const uint8_t *records; /* the rows in integers */
-    bool both;           /* the matrix takes them in both forms */
     int64_t item_panels; /* panels of an item, but for the last of a segment */
     uint8_t *tiles;      /* room for a panel as the products read it */
 } Product;
 
-/* What to ask of memory while something else is computed. Several streams at once, because what reads ahead in the
-   processor does so a page at a time: one stream reads at half the speed of four. */
+/* An item's panels while those before it are multiplied. */
 typedef struct {
-    const uint8_t *at;   /* the first line to come */
-    int64_t stream_bytes; /* from the start of a stream to that of the next */
-    int64_t per_step;    /* lines to ask for in every step; 0: nothing (more) */
-    int64_t stream;      /* whose turn it is */
+    OvFetch lines;
+    int64_t step_bytes; /* to ask for in every step */
 } Fetch;
 
-enum { OV_STREAMS = 8 };
-
 static Fetch fetch_of(const uint8_t *at, int64_t num_bytes, int64_t num_steps) {
-    const int64_t lines = ov_ceil_div(num_bytes, 64 * OV_STREAMS); /* of a stream */
-    return (Fetch){at, 64 * lines, ov_ceil_div(OV_STREAMS * lines, num_steps), 0};
+    const int64_t bytes = ov_ceil_div(num_bytes, 64 * OV_STREAMS) * 64;
+    Fetch fetch = {{.count = OV_STREAMS, .bytes = bytes}, ov_ceil_div(OV_STREAMS * bytes, num_steps)};
+    for (int i = 0; i < OV_STREAMS; i++) fetch.lines.stretches[i] = (const char *)at + i * bytes;
+    return fetch;
 }
 
-OV_INLINE void fetch_step(Fetch *fetch) {
-    for (int64_t i = 0; i < fetch->per_step; i++) {
-        _mm_prefetch((const char *)fetch->at + fetch->stream * fetch->stream_bytes, _MM_HINT_T1);
-        if (++fetch->stream < OV_STREAMS) continue;
-        fetch->stream = 0;
-        fetch->at += 64;
-    }
-}
+OV_INLINE void fetch_step(Fetch *fetch) { ov_fetch(&fetch->lines, fetch->step_bytes); }
 
 /* Neighbouring panels. */
 typedef struct {
@@ -242,18 +233,19 @@ static void multiply_panels(const Product *product, Panels panels, Panels next, 
                          panels.count * num_steps);
     if (in_integers(segment, product->type)) {
 #ifdef OV_AMX
-        tiles_for_integers();
+        const bool tiles = last - first > OV_FEW_ROWS;
+        if (tiles) tiles_for_integers();
 #endif
         for (int i = 0; i < panels.count; i++)
             OV_INTEGER_PANELS[segment->encoding](product, segment, panels.panel + i, first, last, &fetch);
 #ifdef OV_AMX
-        tiles_enter();
+        if (tiles) tiles_enter();
 #endif
         return;
     }
 #ifdef OV_AMX
     if (OV_USES_TILES(product->type)) {
-        const bool narrow = product->both && product->num_rows < OV_TILE_ROWS;
+        const bool narrow = product->num_rows < OV_TILE_ROWS;
         if (narrow) tiles_for_rows((int)product->num_rows);
         for (int i = 0; i < panels.count; i += 2)
             tile_panels(product, (Panels){segment, panels.panel + i, (int)ov_min(2, panels.count - i)}, first, last,
@@ -280,9 +272,7 @@ static Product product_of(const OvOp *op, const OvStep *step, OvWorker *w) {
     } else {
         product.rows = w->shared;
     }
-    const RowForms forms = forms_of(matrix, w->type);
     product.records = product.rows + numbers_bytes(matrix, w->type, num_rows);
-    product.both = forms.numbers && forms.integers;
     product.item_panels = item_panels_of(matrix, w->count);
     return product;
 }
@@ -293,10 +283,6 @@ static void linear_multiply(const OvOp *op, const OvStep *step, OvWorker *w) {
     const int64_t block = ov_ceil_div(OV_BLOCK_BYTES, 2 * tile_bytes) * 2 * OV_TILE_ROWS;
     const int64_t items = num_items(&product);
     const int64_t total = items * ov_ceil_div(product.num_rows, block);
-#ifdef OV_AMX
-    const bool narrow = OV_USES_TILES(w->type) && product.num_rows < OV_TILE_ROWS && !forms_of(op->weight, w->type).integers;
-    if (narrow) tiles_for_rows((int)product.num_rows);
-#endif
     /* The next item is taken before this one is done, so that its weights can be fetched meanwhile. */
     for (int64_t item = ov_take(w, total, 1), next; item >= 0; item = next) {
         next = ov_take(w, total, 1);
@@ -305,7 +291,4 @@ static void linear_multiply(const OvOp *op, const OvStep *step, OvWorker *w) {
         Panels fetched = next < 0 ? (Panels){0} : panels_of(&product, next % items);
         multiply_panels(&product, panels, fetched, first, ov_min(first + block, product.num_rows));
     }
-#ifdef OV_AMX
-    if (narrow) tiles_enter();
-#endif
 }

@@ -17,8 +17,9 @@
  *     8 bits    line j
  *
  * A value is (code - zero) * scale + offset, exact in fp32 but for the last sum; the bits in memory are those of the
- * file, give or take scales of 6 bits that lie in 8, and a sign that is an offset of 128. Dense tiles are [16 outputs][32 inputs], of BF16 in natural order
- * (what AMX loads as it is), of F16 and F32 with the 16 even inputs first, then the 16 odd ones.
+ * file, give or take scales of 6 bits that lie in 8, and a sign that is an offset of 128. Dense tiles are [16
+ * outputs][32 inputs], of BF16 in natural order (what AMX loads as it is), of F16 and F32 with the 16 even inputs first,
+ * then the 16 odd ones.
  *
  * What lies beyond the last output or input is zero. */
 #ifndef OCTAVO_MATRIX_H

@@ -107,10 +107,9 @@ def multiplied(context: NativeContext, x: torch.Tensor, weight: Weight) -> tuple
 
 
 def assert_product(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-    """y = x @ weight^T + bias, but for the rounding of sums and of the result. Codes and offsets of a weight may be
-    summed apart, so what counts of its magnitude is the largest of the row."""
+    """y = x @ weight^T + bias, but for the rounding of sums and of the result."""
     expected = x.double() @ weight.double().T
-    magnitude = x.double().abs().sum(1, keepdim=True) * weight.double().abs().amax(1)
+    magnitude = x.double().abs() @ weight.double().abs().T
     if bias is not None:
         expected = expected + bias.double()
     slack = 1e-6 * magnitude + torch.finfo(y.dtype).eps * expected.abs() + 1e-6

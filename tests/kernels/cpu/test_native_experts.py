@@ -93,8 +93,8 @@ def test_experts_equal_the_reference(
             found = native.moe(x, logits, ours, spec)  # type: ignore[arg-type]
             exact = oracle.moe(x.float(), logits.float(), theirs, spec)  # type: ignore[arg-type]
             assert found.dtype is dtype
-            close = {"rtol": 4e-2, "atol": 4e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-            torch.testing.assert_close(found.float(), exact, **close)
+            tolerance = 1e-5 if dtype is torch.float32 else 2e-2 if layer.encoding == "F32" else 4e-2  # 8-bit rows
+            torch.testing.assert_close(found.float(), exact, rtol=tolerance, atol=tolerance)
 
 
 @everywhere
