@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -40,6 +41,9 @@ class Sampler:
         self._noise = GumbelNoise(vocab_size, device)
         chunk = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS_CUDA
         self._chunk_rows = max(1, chunk // vocab_size)
+        self._wishes: list[tuple[SamplingParams, int]] = []
+        self._last: DrawParameters | None = None
+        """Of `_wishes`. Sequences come and go, but most steps have those of the step before."""
 
     def drop(self, seq_ids: Collection[str]) -> None:
         """Forget what is kept for sequences that ended."""
@@ -81,14 +85,19 @@ class Sampler:
         return torch.where(chosen.isnan(), NAN_ROW, drawn)
 
     def _parameters(self, rows: Sequence[ScheduledRow]) -> DrawParameters:
-        params = [row.params for row in rows]
+        wishes = [(row.params, row.seed) for row in rows]
+        positions = ids_to_device([row.num_tokens for row in rows], self._device)
+        if self._last is None or wishes != self._wishes:
+            self._wishes, self._last = wishes, self._parameters_of(wishes, positions)
+        return replace(self._last, positions=positions)
+
+    def _parameters_of(self, wishes: Sequence[tuple[SamplingParams, int]], positions: torch.Tensor) -> DrawParameters:
+        params = [params for params, _ in wishes]
         floats = np.array([(p.temperature, p.top_p, p.min_p) for p in params], np.float32).T
-        seeds = np.array([row.seed & 2**64 - 1 for row in rows], np.uint64).view(np.int64)
-        positions = [row.num_tokens for row in rows]
-        integers = np.stack((seeds, np.array(positions), np.array([p.top_k for p in params])))
+        seeds = np.array([seed & 2**64 - 1 for _, seed in wishes], np.uint64).view(np.int64)
         temperatures, top_ps, min_ps = to_device(np.ascontiguousarray(floats), self._device)
-        seed_bits, places, top_ks = to_device(integers, self._device)
-        return DrawParameters(temperatures, top_ks.to(torch.int32), top_ps, min_ps, seed_bits, places)
+        seed_bits, top_ks = to_device(np.stack((seeds, np.array([p.top_k for p in params]))), self._device)
+        return DrawParameters(temperatures, top_ks.to(torch.int32), top_ps, min_ps, seed_bits, positions)
 
     def _draw_in_torch(self, logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> torch.Tensor:
         """Each row goes the shortest way its parameters allow."""
