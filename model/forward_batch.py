@@ -39,15 +39,12 @@ def build_forward_batch(
     computed = np.array([row.num_computed_tokens for row in rows])
     query_lens = np.array([row.num_scheduled_tokens for row in rows])
     context_lens = computed + query_lens
-    if batch.num_decode_rows == num_rows:
-        query_starts, num_tokens, positions = np.arange(num_rows + 1), num_rows, computed
-        row_of_token = query_starts[:-1]
-    else:
-        query_starts = np.zeros(num_rows + 1, np.int64)
-        np.cumsum(query_lens, out=query_starts[1:])
-        num_tokens = int(query_starts[-1])
-        row_of_token = np.repeat(np.arange(num_rows), query_lens)
-        positions = np.arange(num_tokens) - query_starts[row_of_token] + computed[row_of_token]
+    query_starts = np.zeros(num_rows + 1, np.int64)
+    np.cumsum(query_lens, out=query_starts[1:])
+    num_tokens = int(query_starts[-1])
+
+    row_of_token = np.repeat(np.arange(num_rows), query_lens)
+    positions = np.arange(num_tokens) - query_starts[row_of_token] + computed[row_of_token]
     draws = np.array([row.draws_token for row in rows])
 
     num_blocks = -(-context_lens // block_size)
@@ -82,8 +79,7 @@ def build_forward_batch(
 
 def _slots(tables: _Ints, row_of_token: _Ints, positions: _Ints, block_size: int) -> _Ints:
     """Where each token's K/V go. [num_tokens]"""
-    blocks, inside = np.divmod(positions, block_size)
-    return tables[row_of_token, blocks] * block_size + inside
+    return tables[row_of_token, positions // block_size] * block_size + positions % block_size
 
 
 def _token_ids(batch: ScheduledBatch, num_tokens: int) -> _Ints:

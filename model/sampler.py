@@ -41,9 +41,8 @@ class Sampler:
         self._noise = GumbelNoise(vocab_size, device)
         chunk = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS_CUDA
         self._chunk_rows = max(1, chunk // vocab_size)
-        self._wishes: list[tuple[SamplingParams, int]] = []
-        self._last: DrawParameters | None = None
-        """Of `_wishes`. Sequences come and go, but most steps have those of the step before."""
+        self._last: tuple[list[tuple[SamplingParams, int]], DrawParameters] | None = None
+        """What the last step's rows asked for. Sequences come and go, but most steps have those of the step before."""
 
     def drop(self, seq_ids: Collection[str]) -> None:
         """Forget what is kept for sequences that ended."""
@@ -87,9 +86,9 @@ class Sampler:
     def _parameters(self, rows: Sequence[ScheduledRow]) -> DrawParameters:
         wishes = [(row.params, row.seed) for row in rows]
         positions = ids_to_device([row.num_tokens for row in rows], self._device)
-        if self._last is None or wishes != self._wishes:
-            self._wishes, self._last = wishes, self._parameters_of(wishes, positions)
-        return replace(self._last, positions=positions)
+        if self._last is None or wishes != self._last[0]:
+            self._last = wishes, self._parameters_of(wishes, positions)
+        return replace(self._last[1], positions=positions)
 
     def _parameters_of(self, wishes: Sequence[tuple[SamplingParams, int]], positions: torch.Tensor) -> DrawParameters:
         params = [params for params, _ in wishes]

@@ -2,8 +2,8 @@
  * exact sums go through memory to be scaled. They are the sums that vectors make (linear_integer_impl.h), and scaled in
  * the same order: so are the results.
  *
- * Next to tile operations a core multiplies vectors on one port instead of two, which is why most of the time goes into
- * scaling, and why a few rows are better off without tiles. */
+ * Making sums and scaling them do not overlap: 13 and 15 ns for 16 rows apart, 30 together (measured on a Sapphire
+ * Rapids core). That is why a few rows are better off without tiles. */
 
 /* Unpacked, a group of a step's inputs is its codes (zeros for inputs of the other group), scales and offsets. */
 enum { OV_LINES_BYTES = 8 * 64, OV_UNPACKED_BYTES = OV_LINES_BYTES + 2 * 16 * 4 };

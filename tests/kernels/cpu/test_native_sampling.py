@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from octavo.kernels.backend import DrawParameters
 from octavo.kernels.cpu.backend import CpuBackend
 from octavo.model.random import GumbelNoise
+from octavo.model.sampler import Sampler
 from octavo.model.truncation import Truncation, draw_truncated
+from octavo.scheduler.batch import ScheduledRow
 from octavo.scheduler.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
@@ -102,3 +104,16 @@ def test_frequencies_follow_the_probabilities() -> None:
     assert observed[4] == 0
     ideal = weights[:4].double() / 15 * count
     assert ((observed[:4] - ideal) ** 2 / ideal).sum() < 16.3  # 0.1 % of three degrees of freedom
+
+
+def test_a_sampler_draws_for_the_rows_it_is_given_whatever_the_step_before_had() -> None:
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(0)).expand(2, -1) * 2
+    hot, cold = SamplingParams(temperature=2.5), SamplingParams(temperature=0.0)
+    sampler = Sampler(VOCAB, CPU, BACKEND)
+    steps = [((hot, 1), (cold, 2)), ((hot, 1), (cold, 2)), ((cold, 2), (hot, 1)), ((hot, 3), (hot, 1)), ((hot, 1),)]
+    for position, step in enumerate(steps, start=1):
+        rows = [
+            ScheduledRow(str(seed), [0] * position, 1, position - 1, 1, ([1],), params, seed) for params, seed in step
+        ]
+        drawn = [sampled.token_ids[0] for sampled in sampler.sample(logits[: len(rows)], rows).rows()]
+        assert drawn == [expected(logits[0], params, seed, position) for params, seed in step]
