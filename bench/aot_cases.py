@@ -127,7 +127,7 @@ def launch_sampling(shape: Shape, batch: Batch, capability: int) -> None:
     top_ks, slots = shape.integers(batch.rows), shape.integers(batch.rows)
     counts, in_prompt = shape.integers(2, shape.vocab), shape.tensor(2, shape.vocab, dtype=torch.bool)
     penalised = penalise(logits, slots, counts, in_prompt, shape.tensor(3, batch.rows, dtype=torch.float32))
-    draw(penalised, DrawParameters(floats[0], top_ks, floats[1], floats[2], seeds, positions), truncated=True)
+    draw(penalised, DrawParameters(floats[0], top_ks, floats[1], floats[2], seeds), positions, truncated=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,12 +175,11 @@ def _draw(rows: int, vocab: int, dtype: torch.dtype, params: SamplingParams) -> 
             top_ps=column(params.top_p, torch.float32),
             min_ps=column(params.min_p, torch.float32),
             seeds=seeds,
-            positions=positions,
         )
         found: list[torch.Tensor] = []
 
         def launch() -> None:
-            found[:] = [draw(logits, parameters, truncated=True)]
+            found[:] = [draw(logits, parameters, positions, truncated=True)]
 
         def error() -> float:
             expected = _drawn(logits.float(), params, seeds.tolist(), positions.tolist())

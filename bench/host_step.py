@@ -3,14 +3,14 @@
     .venv/bin/python bench/host_step.py [--sequences 1 32 256] [--steps 300] [--out bench/results/host_step.json]
 
 The engine is the real one (scheduler, block manager, core, the building of inputs, sampling parameters, messages)
-around a model that computes nothing, in both ways that a runner goes: `cpu`, as forward_batch builds a step and the
-sampler draws it, and `gpu`, as DecodeAhead loads a captured step ahead of the one that is looked at (on tensors of the
-CPU). The HTTP process is the real app, called as ASGI, with the default model's tokenizer. Times are a thread's CPU
-time, medians over warm steps of sequences of different lengths, so that a few of them take a new block in every step.
+around a model that computes nothing, in both ways that a runner goes: `cpu`, as DirectDecode brings a step to the one
+native call that runs and draws it, and `gpu`, as DecodeAhead loads a captured step ahead of the one that is looked at
+(on tensors of the CPU). The HTTP process is the real app, called as ASGI, with the default model's tokenizer. Times are
+a thread's CPU time, medians over warm steps of sequences of different lengths, so that a few of them take a new block
+in every step.
 
-Left out: the forward pass, attention plans and the draw (the `cpu` sampler draws from 64 logits per row, and what torch
-itself takes for that is in the number), launching a graph, copies over PCIe and pinning, the socket between the
-processes, uvicorn's writing of HTTP, and everything that a request costs once and not in every step.
+Left out: the forward pass, attention plans and the draw, launching a graph, copies over PCIe and pinning, the socket
+between the processes, uvicorn's writing of HTTP, and everything that a request costs once and not in every step.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from typing import Any
 import torch
 import uvloop
 from octavo.kernels.backend import AttentionSpec
+from octavo.kernels.cpu.program import DecodeProgram
 from octavo.kernels.select import as_drawing_backend, select_backend
 from octavo.model.block_tables import BlockTables
 from octavo.model.config import ModelConfig
 from octavo.model.decode_ahead import DecodeAhead
+from octavo.model.direct_decode import DirectDecode
 from octavo.model.drawn import Drawn
 from octavo.model.forward_batch import build_forward_batch
 from octavo.model.layer_groups import LayerGroup
@@ -105,6 +107,15 @@ class Watch:
         return {name: round(statistics.median(values) * 1e3, 4) for name, values in self.steps.items()}
 
 
+class NoForward:
+    """The steps of a CPU, but for what native code does."""
+
+    def __init__(self, max_num_seqs: int) -> None:
+        recorder: Any = SimpleNamespace(token_ids=torch.zeros(max_num_seqs), plans=[None], ops=[])
+        context: Any = SimpleNamespace(run=lambda ops, step: None)
+        self.decode = DecodeProgram(context, recorder, torch.zeros(max_num_seqs, VOCAB)).run
+
+
 class CpuHost:
     """What model/runner.py does around the forward pass on a CPU."""
 
@@ -115,6 +126,8 @@ class CpuHost:
         # Draws by native code where it was built, as a server would.
         self._sampler = Sampler(VOCAB, CPU, as_drawing_backend(select_backend("auto", CPU, torch.bfloat16, 64)))
         self._logits = torch.rand(max_num_seqs, VOCAB, generator=torch.Generator().manual_seed(0))
+        steps: Any = NoForward(max_num_seqs)
+        self._direct = watch.timed("decode", DirectDecode(steps, self._sampler, self._tables, BLOCK_SIZE).run)
         self._build = watch.timed("build inputs", build_forward_batch)
         self._sample = watch.timed("sampling", self._draw)
 
@@ -122,8 +135,12 @@ class CpuHost:
 
     def release(self, seq_ids: Sequence[str]) -> None: ...
 
-    @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> PendingStep:
+        sampled = self._direct(batch)
+        return StepResult(sampled) if sampled is not None else self._launch(batch)
+
+    @torch.inference_mode()
+    def _launch(self, batch: ScheduledBatch) -> PendingStep:
         forward = self._build(batch, BLOCK_SIZE, CPU, self._tables)
         return StepResult(self._sample(forward.drawing_rows))
 

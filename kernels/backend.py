@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from .weights import StoredWeight
@@ -70,14 +72,13 @@ class DecodeInputs:
 
 @dataclass(slots=True, frozen=True)
 class DrawParameters:
-    """What the rows of a batch ask for, on the device. [num_rows] each."""
+    """What the rows of a batch ask for, on the device. The same in every step of the same rows. [num_rows] each."""
 
     temperatures: torch.Tensor  # fp32, 0: greedy
     top_ks: torch.Tensor  # int32, 0: all
     top_ps: torch.Tensor  # fp32
     min_ps: torch.Tensor  # fp32
     seeds: torch.Tensor  # int64, the bits of the unsigned seed
-    positions: torch.Tensor  # int64, of the token to draw in its sequence
 
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
@@ -108,6 +109,33 @@ StepFunction = Callable[[torch.Tensor, tuple[Any, ...], torch.Tensor], torch.Ten
 """(token_ids int64 [num_tokens], plans, logits_indices int64 [num_logits]) → logits [num_logits, vocab]: a whole step
 of a model, made of a backend's operators. One plan for each group of layers; slots and block tables may differ between
 groups, rows, positions and lengths do not."""
+
+
+@dataclass(slots=True, frozen=True)
+class DecodeRows:
+    """A step in which each row runs one token and draws the next, in the host's numbers. [num_rows] each; slots, tables
+    and their rows once for each group of layers."""
+
+    token_ids: Sequence[int]
+    positions: Sequence[int]
+    slots: Sequence[Sequence[int]]
+    """block id * block_size + offset where each token's K/V goes."""
+    block_tables: Sequence[npt.NDArray[np.int64]]  # [num_tables, max_blocks], contiguous
+    table_rows: Sequence[Sequence[int]]
+    """Which of the tables is each row's. It covers the row's own token."""
+
+
+class RecordedSteps(Protocol):
+    """Runs a recorded step over any rows; a `StepFunction`. Its results are overwritten by the next step."""
+
+    def __call__(
+        self, token_ids: torch.Tensor, plans: tuple[Any, ...], logits_indices: torch.Tensor
+    ) -> torch.Tensor: ...
+
+    def decode(self, rows: DecodeRows, parameters: DrawParameters) -> list[int]:
+        """Run the rows and draw a token for each from its logits as they are, as `DrawingBackend.draw` does; -1 for a
+        row with a NaN."""
+        ...
 
 
 class KernelBackend(Protocol):
@@ -245,9 +273,9 @@ class KernelBackend(Protocol):
 class DrawingBackend(KernelBackend, Protocol):
     """A backend that draws tokens by kernels of its own."""
 
-    def draw(self, logits: torch.Tensor, parameters: DrawParameters) -> torch.Tensor:
+    def draw(self, logits: torch.Tensor, parameters: DrawParameters, positions: torch.Tensor) -> torch.Tensor:
         """logits [num_rows, vocab] → token ids int64 [num_rows], -1 for a row with a NaN: the tokens that the model
-        room's sampler draws."""
+        room's sampler draws. positions int64 [num_rows]: of the token to draw in its sequence."""
         ...
 
 
@@ -257,9 +285,9 @@ class RecordingBackend(KernelBackend, Protocol):
 
     def record(
         self, compute: StepFunction, *, max_num_tokens: int, max_num_logits: int, num_groups: int
-    ) -> StepFunction | None:
+    ) -> RecordedSteps | None:
         """Call `compute` once with stand-ins, remember the operators that it calls, and return what runs them for any
-        step of up to so many rows and as many plans; its logits are overwritten by the next step. None where `compute`
+        step of up to so many rows and as many plans. None where `compute`
         does more than call operators of this backend, or not the same in every step."""
         ...
 

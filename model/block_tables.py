@@ -30,8 +30,8 @@ class BlockTables:
         self._group = group
         self._entries: dict[str, _Entry] = {}
         self._free_slots: list[int] = []
-        self._array: _Ints = np.zeros((0, 0), np.int64)
-        """Each slot's table, and anything behind it. [capacity, width]"""
+        self.array: _Ints = np.zeros((0, 0), np.int64)
+        """Each slot's table, and anything behind it; another array when it has grown. [capacity, width]"""
 
     def drop(self, seq_ids: Iterable[str]) -> None:
         """Forget sequences that ended; unknown ids are ignored."""
@@ -42,6 +42,14 @@ class BlockTables:
 
     def gather(self, rows: Sequence[ScheduledRow], counts: _Ints) -> _Ints:
         """The first `counts[r]` blocks of each row, block 0 behind them. [num_rows, max(counts)]"""
+        slots = self.update(rows)
+        width = int(counts.max())
+        tables = self.array[:, :width][slots]  # a copy
+        tables *= np.arange(width) < counts[:, None]
+        return tables
+
+    def update(self, rows: Sequence[ScheduledRow]) -> list[int]:
+        """Bring these rows' tables up to date; where in `array` each is."""
         slots = []
         for row in rows:
             ids = row.block_ids[self._group]
@@ -49,29 +57,26 @@ class BlockTables:
             if entry is None or entry.ids != ids:
                 entry = self._note(row.seq_id, entry, ids)
             slots.append(entry.slot)
-        width = int(counts.max())
-        tables = self._array[:, :width][slots]  # a copy
-        tables *= np.arange(width) < counts[:, None]
-        return tables
+        return slots
 
     def _note(self, seq_id: str, entry: _Entry | None, ids: Sequence[int]) -> _Entry:
         """A table that is new, or has changed."""
         if entry is None:
             if not self._free_slots:
-                self._reserve(2 * len(self._array) + 8, self._array.shape[1])
+                self._reserve(2 * len(self.array) + 8, self.array.shape[1])
             entry = self._entries[seq_id] = _Entry(self._free_slots.pop(), [])
         known = len(entry.ids)
         if ids[:known] != entry.ids:
             known = 0
-        if len(ids) > self._array.shape[1]:
-            self._reserve(len(self._array), 2 * len(ids))
-        self._array[entry.slot, known : len(ids)] = ids[known:]
+        if len(ids) > self.array.shape[1]:
+            self._reserve(len(self.array), 2 * len(ids))
+        self.array[entry.slot, known : len(ids)] = ids[known:]
         entry.ids[known:] = ids[known:]
         return entry
 
     def _reserve(self, capacity: int, width: int) -> None:
         """Make the array larger; by doubling, so that it is rare."""
-        old = self._array
+        old = self.array
         self._free_slots.extend(range(len(old), capacity))
-        self._array = np.zeros((capacity, width), np.int64)
-        self._array[: old.shape[0], : old.shape[1]] = old
+        self.array = np.zeros((capacity, width), np.int64)
+        self.array[: old.shape[0], : old.shape[1]] = old

@@ -63,12 +63,8 @@ class DecodeAhead:
         self._slots.drop(seq_ids)
 
     def takes(self, batch: ScheduledBatch) -> bool:
-        """Whether all of a batch is one token per row, each at its sequence's end."""
-        rows = batch.rows
-        if not batch.num_decode_rows == len(rows) <= self._max_rows:
-            return False
-        # A row draws if nothing is left to compute of its sequence after it.
-        return max([len(row.token_ids) + row.num_unknown_tokens - row.num_computed_tokens for row in rows]) == 1
+        """Whether all of a batch are decodes, and few enough."""
+        return len(batch.rows) <= self._max_rows and batch.only_decodes
 
     def launch(self, rows: Sequence[ScheduledRow]) -> Drawn:
         """Queue a step of decodes; `rows` as `takes` wants them."""

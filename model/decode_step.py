@@ -100,9 +100,8 @@ class DecodeStep:
             top_ps=slots.top_ps.index_select(0, slot_ids),
             min_ps=slots.min_ps.index_select(0, slot_ids),
             seeds=slots.seeds.index_select(0, slot_ids),
-            positions=positions + 1,
         )
-        self.drawn[: shape.num_rows].copy_(self._backend.draw(logits, parameters))
+        self.drawn[: shape.num_rows].copy_(self._backend.draw(logits, parameters, positions + 1))
 
     def _plan(
         self, group: int, shape: StepShape, slot_ids: torch.Tensor, positions: torch.Tensor, kv_lens: torch.Tensor

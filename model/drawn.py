@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from msgspec import structs
 
 from ..scheduler.batch import SampledRow, TokenLogprobs
 
@@ -51,16 +52,18 @@ class Drawn:
 
     def rows(self) -> list[SampledRow]:
         """Call when the step has ended. Raises FloatingPointError if any row's logits held NaN."""
-        tokens: list[int] = self._host_ids.tolist()
-        if NAN_ROW in tokens:
-            raise FloatingPointError("the model produced NaN logits")
-        if self._logprobs is None:
-            return list(map(SampledRow, self.seq_ids, [[token] for token in tokens]))
-        logprobs = _by_row(self._logprobs)
-        return [
-            SampledRow(seq_id, [token], [logprobs[index]] if index in logprobs else None)
-            for index, (seq_id, token) in enumerate(zip(self.seq_ids, tokens, strict=True))
-        ]
+        rows = sampled_rows(self.seq_ids, self._host_ids.tolist())
+        if self._logprobs is not None:
+            for index, logprobs in _by_row(self._logprobs).items():
+                rows[index] = structs.replace(rows[index], logprobs=[logprobs])
+        return rows
+
+
+def sampled_rows(seq_ids: Sequence[str], tokens: Sequence[int]) -> list[SampledRow]:
+    """Raises FloatingPointError if any of the tokens is NAN_ROW."""
+    if NAN_ROW in tokens:
+        raise FloatingPointError("the model produced NaN logits")
+    return list(map(SampledRow, seq_ids, [[token] for token in tokens]))
 
 
 def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:

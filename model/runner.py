@@ -19,11 +19,12 @@ from ..kernels.select import (
     label,
     select_backend,
 )
-from ..scheduler.batch import BlockCopy, ScheduledBatch, StepResult
+from ..scheduler.batch import BlockCopy, PendingStep, ScheduledBatch, StepResult
 from .block_tables import BlockTables
 from .config import ModelConfig
 from .decode_ahead import DecodeAhead
 from .device import resolve_device, resolve_dtype
+from .direct_decode import DirectDecode
 from .drawn import Drawn
 from .forward_batch import ForwardBatch, build_forward_batch
 from .kv_cache import allocate_pools, layers_of
@@ -119,6 +120,7 @@ class ModelRunner:
         self._kv_layers: list[torch.Tensor] = []
         self._step: StepFunction = self._compute
         self._decode: DecodeAhead | None = None
+        self._direct: DirectDecode | None = None
 
     @contextmanager
     def _phase(self, name: str, report: Callable[[str, float], None]) -> Iterator[None]:
@@ -260,13 +262,19 @@ class ModelRunner:
         """Launch a step and wait for it. Raises FloatingPointError if a row's logits are NaN."""
         return self.launch(batch).result()
 
-    @torch.inference_mode()
-    def launch(self, batch: ScheduledBatch) -> RunningStep:
+    def launch(self, batch: ScheduledBatch) -> PendingStep:
         """One forward pass over all scheduled tokens of all rows, then a token for each row that draws.
 
         Returns when the work is queued; on a CPU that is when it is done.
         """
         started = time.perf_counter()
+        sampled = self._direct.run(batch) if self._direct is not None else None
+        if sampled is not None:
+            return StepResult(sampled, time.perf_counter() - started)
+        return self._launch_any(batch, started)
+
+    @torch.inference_mode()
+    def _launch_any(self, batch: ScheduledBatch, started: float) -> PendingStep:
         drawn = self._launch(batch) if batch.rows else None
         queued = None
         if self._device.type == "cuda":
@@ -324,6 +332,7 @@ class ModelRunner:
             self.notes.append("steps run operator by operator: this model's cannot be recorded")
         else:
             self._step = step
+            self._direct = DirectDecode(step, self._sampler, self._block_tables, self.block_size)
 
 
 @dataclass(slots=True)

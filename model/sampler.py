@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -77,26 +76,27 @@ class Sampler:
     def _draw(self, processed: torch.Tensor, rows: Sequence[ScheduledRow]) -> torch.Tensor:
         """Processed logits [n, vocab] → token ids int64 [n], -1 for a row with a NaN."""
         if self._drawing_backend is not None:
-            return self._drawing_backend.draw(processed, self._parameters(rows))
+            positions = ids_to_device([row.num_tokens for row in rows], self._device)
+            return self._drawing_backend.draw(processed, self.parameters(rows), positions)
         drawn = self._draw_in_torch(processed, rows)
         chosen = processed.gather(1, drawn[:, None]).view(-1)  # [n]
         # A NaN wins every arg max and every sort, so the drawn token's logit betrays it.
         return torch.where(chosen.isnan(), NAN_ROW, drawn)
 
-    def _parameters(self, rows: Sequence[ScheduledRow]) -> DrawParameters:
+    def parameters(self, rows: Sequence[ScheduledRow]) -> DrawParameters:
+        """What the rows ask for; the same object as long as it is the same."""
         wishes = [(row.params, row.seed) for row in rows]
-        positions = ids_to_device([row.num_tokens for row in rows], self._device)
         if self._last is None or wishes != self._last[0]:
-            self._last = wishes, self._parameters_of(wishes, positions)
-        return replace(self._last[1], positions=positions)
+            self._last = wishes, self._parameters_of(wishes)
+        return self._last[1]
 
-    def _parameters_of(self, wishes: Sequence[tuple[SamplingParams, int]], positions: torch.Tensor) -> DrawParameters:
+    def _parameters_of(self, wishes: Sequence[tuple[SamplingParams, int]]) -> DrawParameters:
         params = [params for params, _ in wishes]
         floats = np.array([(p.temperature, p.top_p, p.min_p) for p in params], np.float32).T
         seeds = np.array([seed & 2**64 - 1 for _, seed in wishes], np.uint64).view(np.int64)
         temperatures, top_ps, min_ps = to_device(np.ascontiguousarray(floats), self._device)
         seed_bits, top_ks = to_device(np.stack((seeds, np.array([p.top_k for p in params]))), self._device)
-        return DrawParameters(temperatures, top_ks.to(torch.int32), top_ps, min_ps, seed_bits, positions)
+        return DrawParameters(temperatures, top_ks.to(torch.int32), top_ps, min_ps, seed_bits)
 
     def _draw_in_torch(self, logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> torch.Tensor:
         """Each row goes the shortest way its parameters allow."""

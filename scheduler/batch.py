@@ -87,6 +87,15 @@ class ScheduledBatch:
     def num_tokens(self) -> int:
         return self.num_decode_rows + sum(row.num_scheduled_tokens for row in self.rows[self.num_decode_rows :])
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether all of it is one token per row, each at its sequence's end, so that every row draws."""
+        rows = self.rows
+        if not self.num_decode_rows == len(rows) > 0:
+            return False
+        # A row draws if nothing is left to compute of its sequence after it.
+        return max([len(row.token_ids) + row.num_unknown_tokens - row.num_computed_tokens for row in rows]) == 1
+
     def part(self, start: int, stop: int) -> ScheduledBatch:
         """Rows [start, stop) alone, for finding the row that makes a step fail. Copies are not repeated."""
         return ScheduledBatch(self.rows[start:stop], max(0, min(stop, self.num_decode_rows) - start))

@@ -29,6 +29,7 @@ from .library import (
     attention_workspace,
     copy_blocks,
     supported_isas,
+    supports_attention,
 )
 from .packing import PackedExperts, PackedMatrix, pack_matrix, packed_bytes
 from .program import LOGITS, CpuPlan, GroupStandIn, RecordedStep, Recorder, Unrecordable
@@ -219,11 +220,12 @@ class CpuBackend:
         return CpuPlan(step, group, inputs)
 
     def _shape(self, spec: AttentionSpec, block_size: int, norms: QKNorms | None = None) -> Attention:
-        """Native code's form of a layer's shape, which lives as long as the backend."""
+        """Native code's form of a layer's shape, which lives as long as the backend. Raises ValueError for one that it
+        has no code for."""
         weights = None if norms is None else (norms.q.data_ptr(), norms.k.data_ptr(), norms.eps)
         key = (spec, block_size, weights)
         if key not in self._specs:
-            shape = self._specs[key] = Attention(
+            shape = Attention(
                 num_heads=spec.num_heads,
                 num_kv_heads=spec.num_kv_heads,
                 head_dim=spec.head_dim,
@@ -232,8 +234,11 @@ class CpuBackend:
                 scale=spec.scale,
                 soft_cap=spec.soft_cap,
             )
+            if not supports_attention(shape):
+                raise ValueError(f"the cpu backend has no attention for {spec} in blocks of {block_size}")
             if weights is not None:
                 shape.q_norm, shape.k_norm, shape.norm_eps = weights
+            self._specs[key] = shape
         return self._specs[key]
 
     def rope_and_write_kv(
@@ -272,7 +277,7 @@ class CpuBackend:
 
     # ------------------------------------------------------------------ drawing
 
-    def draw(self, logits: torch.Tensor, parameters: DrawParameters) -> torch.Tensor:
+    def draw(self, logits: torch.Tensor, parameters: DrawParameters, positions: torch.Tensor) -> torch.Tensor:
         logits = logits.float()
         ids = torch.empty(logits.shape[0], dtype=torch.int64)
         wanted = Draw(
@@ -281,7 +286,7 @@ class CpuBackend:
             top_ps=parameters.top_ps.data_ptr(),
             min_ps=parameters.min_ps.data_ptr(),
             seeds=parameters.seeds.data_ptr(),
-            positions=parameters.positions.data_ptr(),
+            positions=positions.data_ptr(),
         )
         self._do(OpKind.DRAW, logits, a=logits, out=ids, weight=ctypes.addressof(wanted), n=(logits.shape[1],))
         return ids
@@ -290,7 +295,7 @@ class CpuBackend:
 
     def record(
         self, compute: StepFunction, *, max_num_tokens: int, max_num_logits: int, num_groups: int
-    ) -> StepFunction | None:
+    ) -> RecordedStep | None:
         recorder = self._recorder = Recorder(max_num_tokens, max_num_logits, num_groups)
         try:
             with recorder:

@@ -85,6 +85,7 @@ class Group(ctypes.Structure):
         ("slots", ctypes.c_void_p),
         ("block_tables", ctypes.c_void_p),
         ("table_stride", ctypes.c_int64),
+        ("table_rows", ctypes.c_void_p),
     )
 
 

@@ -7,16 +7,19 @@ holds them any more. What is noted does not depend on the number of rows, so one
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..backend import AttentionInputs
-from .library import Group, NativeContext, Op, Step
+from ..backend import AttentionInputs, DecodeRows, DrawParameters
+from .library import Draw, Group, NativeContext, Op, OpKind, Step
 
 TOKENS, LOGITS = 0, 1
 """OvRows: whether an operator has a row for each token or for each row that draws."""
@@ -118,10 +121,11 @@ class Recorder(TorchFunctionMode):
 
 
 class RecordedStep:
-    """A step as a list of operators; a `StepFunction`."""
+    """A step as a list of operators; implements `RecordedSteps`."""
 
     def __init__(self, context: NativeContext, recorder: Recorder, logits: torch.Tensor) -> None:
         self._context = context
+        self._decode = DecodeProgram(context, recorder, logits)
         self._ops = (Op * len(recorder.ops))(*recorder.ops)
         self._memory = recorder.memory
         self._logits = logits  # [max_num_logits, vocab]
@@ -147,3 +151,63 @@ class RecordedStep:
         step.num_logits, step.logits_indices = num_logits, logits_indices.data_ptr()
         self._context.run(self._ops, step)
         return self._logits[:num_logits]
+
+    def decode(self, rows: DecodeRows, parameters: DrawParameters) -> list[int]:
+        """Raises ValueError for more rows than was recorded for."""
+        return self._decode.run(rows, parameters)
+
+
+class DecodeProgram:
+    """The operators of a step of decodes and its draw as one list, over numbers that stay where they are: between two
+    steps the caches hold little but weights, so that every operation of the host costs more than it seems to."""
+
+    def __init__(self, context: NativeContext, recorder: Recorder, logits: torch.Tensor) -> None:
+        self._context = context
+        self._max_rows = min(recorder.token_ids.shape[0], logits.shape[0])
+        num_groups = len(recorder.plans)
+        # Token, position, K/V length; then slots and table rows, a line for each group.
+        self._numbers = np.zeros((3 + 2 * num_groups, self._max_rows), np.int64)
+        self._counting = np.arange(self._max_rows + 1)
+        self._drawn = np.zeros(self._max_rows, np.int64)
+        lines = [line.ctypes.data for line in self._numbers]
+        self._tables: list[npt.NDArray[np.int64] | None] = [None] * num_groups
+        self._groups = (Group * num_groups)()
+        for group, slots, table_rows in zip(self._groups, lines[3::2], lines[4::2], strict=True):
+            group.slots, group.table_rows = slots, table_rows
+        self._step = Step(
+            token_ids=lines[0],
+            positions=lines[1],
+            kv_lens=lines[2],
+            query_starts=self._counting.ctypes.data,
+            logits_indices=self._counting.ctypes.data,
+            groups=self._groups,
+        )
+        self._parameters: DrawParameters | None = None
+        # The token to draw stands where the K/V of those before it end.
+        self._draw = Draw(positions=lines[2])
+        draw = Op(kind=OpKind.DRAW, rows=LOGITS, a=logits.data_ptr(), stride_a=logits.stride(0))
+        draw.out, draw.weight, draw.n[0] = self._drawn.ctypes.data, ctypes.addressof(self._draw), logits.shape[1]
+        self._ops = (Op * (len(recorder.ops) + 1))(*recorder.ops, draw)
+
+    def run(self, rows: DecodeRows, parameters: DrawParameters) -> list[int]:
+        count = len(rows.token_ids)
+        if count > self._max_rows:
+            raise ValueError(f"a step of {count} decodes is larger than what was recorded")
+        lines = [rows.token_ids, rows.positions, [position + 1 for position in rows.positions]]
+        for slots, table_rows in zip(rows.slots, rows.table_rows, strict=True):
+            lines += slots, table_rows
+        self._numbers[:, :count] = lines
+        for index, tables in enumerate(rows.block_tables):
+            if tables is not self._tables[index]:
+                self._tables[index] = tables
+                self._groups[index].block_tables = tables.ctypes.data
+                self._groups[index].table_stride = tables.shape[1]
+        if parameters is not self._parameters:
+            self._parameters = parameters
+            for name in ("temperatures", "top_ks", "top_ps", "min_ps", "seeds"):
+                setattr(self._draw, name, getattr(parameters, name).data_ptr())
+        step = self._step
+        step.num_tokens = step.num_logits = step.num_rows = step.num_decode_rows = count
+        self._context.run(self._ops, step)
+        drawn: list[int] = self._drawn[:count].tolist()
+        return drawn

@@ -162,8 +162,8 @@ class TritonBackend(ReferenceBackend):
             tile_firsts=None,
         )
 
-    def draw(self, logits: torch.Tensor, parameters: DrawParameters) -> torch.Tensor:
-        return draw(logits, parameters, truncated=True)
+    def draw(self, logits: torch.Tensor, parameters: DrawParameters, positions: torch.Tensor) -> torch.Tensor:
+        return draw(logits, parameters, positions, truncated=True)
 
     def _decode_config(self, spec: AttentionSpec, block_size: int) -> DecodeConfig:
         return decode_config(spec, block_size, self.dtype, self._capability)

@@ -209,9 +209,10 @@ def penalise_kernel(logits_ptr, out_ptr, slots_ptr, counts_ptr, in_prompt_ptr, r
     tl.store(out_ptr + row * vocab_size + tokens, x, mask=real)
 
 
-def draw(logits: torch.Tensor, parameters: DrawParameters, *, truncated: bool) -> torch.Tensor:
+def draw(logits: torch.Tensor, parameters: DrawParameters, positions: torch.Tensor, *, truncated: bool) -> torch.Tensor:
     """logits [num_rows, vocab] in any float dtype, after penalties → token ids int64 [num_rows], -1 where one is NaN.
 
+    positions int64 [num_rows]: of the tokens to draw.
     `truncated`: whether any row may use top-k, top-p or min-p; without, the search is not launched. Never synchronises.
     """
     num_rows, vocab_size = logits.shape
@@ -226,7 +227,7 @@ def draw(logits: torch.Tensor, parameters: DrawParameters, *, truncated: bool) -
     best_ids = torch.empty((num_rows, num_tiles), dtype=torch.int32, device=device)
     ids = torch.empty(num_rows, dtype=torch.int64, device=device)
     draw_kernel[(num_rows, num_tiles)](
-        logits, parameters.temperatures, thresholds, parameters.seeds, parameters.positions, best, best_ids,
+        logits, parameters.temperatures, thresholds, parameters.seeds, positions, best, best_ids,
         logits.stride(0), vocab_size, TILE=_DRAW_TILE, num_warps=8)  # fmt: skip
     pick_kernel[(num_rows,)](best, best_ids, ids, num_tiles, TILES=triton.next_power_of_2(num_tiles), num_warps=1)
     return ids

@@ -1,14 +1,19 @@
-"""Steps that are launched before the one before them has been looked at: the engine's tokens must not show it."""
+"""Shorter ways to decode: steps launched before the one before them has been looked at, and steps in one native call.
+The engine's tokens must not show it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from octavo.kernels.cpu.library import supported_isas
 from octavo.model.config import ModelConfig
+from octavo.model.direct_decode import DirectDecode
 from octavo.model.runner import ModelRunner
+from octavo.scheduler.batch import SampledRow, ScheduledBatch
 from octavo.scheduler.config import CacheConfig, PoolConfig, SchedulerConfig
 from octavo.scheduler.sampling_params import SamplingParams
 from octavo.scheduler.scheduler import Scheduler
@@ -60,21 +65,46 @@ def requests() -> list[GenerateRequest]:
     ]
 
 
+class CountedDirect:
+    """A runner's way to decode in one call, which says how often it was taken; or never is."""
+
+    def __init__(self, direct: DirectDecode | None) -> None:
+        self._direct = direct
+        self.num_steps = self.num_left = 0
+
+    def run(self, batch: ScheduledBatch) -> list[SampledRow] | None:
+        sampled = self._direct.run(batch) if self._direct is not None else None
+        self.num_steps += sampled is not None
+        self.num_left += sampled is None and batch.only_decodes
+        return sampled
+
+
 def run(
-    checkpoint: Path, backend: str, num_blocks: int, budget: int
+    checkpoint: Path,
+    backend: str,
+    num_blocks: int,
+    budget: int,
+    *,
+    block_size: int = BLOCK,
+    use: Callable[[ModelRunner], object] = id,
 ) -> tuple[dict[tuple[str, int], list[int]], Scheduler]:
-    """Requests arrive two per step; the tokens of every sample."""
+    """Requests arrive two per step; the tokens of every sample. `use` may change the runner."""
     config = ModelConfig(path=str(checkpoint), dtype="float32", device="cpu", kernel_backend=backend)
-    runner = ModelRunner(config, block_size=BLOCK)
+    runner = ModelRunner(config, block_size=block_size)
     assert runner.spec.eos_token_ids == (2,)
-    block_bytes = 2 * 16 * BLOCK * 4
+    block_bytes = 2 * 16 * block_size * 4
     plan = runner.allocate_cache(
         kv_cache_memory=num_blocks * block_bytes, max_num_seqs=8, max_model_len=64, max_num_batched_tokens=budget
     )
     scheduler = Scheduler(
-        SchedulerConfig(max_num_seqs=8), CacheConfig(block_size=BLOCK), pools=[PoolConfig(plan.pools[0].num_blocks)],
-        max_model_len=plan.max_model_len, max_num_batched_tokens=budget, eos_token_ids=(2,),
-    )  # fmt: skip
+        SchedulerConfig(max_num_seqs=8),
+        CacheConfig(block_size=block_size),
+        pools=[PoolConfig(plan.pools[0].num_blocks)],
+        max_model_len=plan.max_model_len,
+        max_num_batched_tokens=budget,
+        eos_token_ids=(2,),
+    )
+    use(runner)
     core = EngineCore(scheduler, runner)
     tokens: dict[tuple[str, int], list[int]] = {}
     pending = requests()
@@ -98,3 +128,27 @@ def test_running_ahead_says_the_same(checkpoint: Path, num_blocks: int, budget: 
     assert found == expected
     assert len(found) == 9
     assert (scheduler.counters.num_preemptions > 0) == (num_blocks == 12)
+
+
+@pytest.mark.skipif(not supported_isas(), reason="no native library")
+@pytest.mark.parametrize(("num_blocks", "budget"), [(40, 40), (6, 16)], ids=["ample", "prompts in parts"])
+def test_steps_in_one_call_say_the_same(checkpoint: Path, num_blocks: int, budget: int) -> None:
+    """The rows that ask for logprobs, penalties or a least length are left to the other way, with their batch."""
+    counted: list[CountedDirect] = []
+
+    def count(runner: ModelRunner) -> None:
+        counted.append(CountedDirect(runner._direct))
+        runner._direct = counted[-1]  # type: ignore[assignment]
+
+    def switch_off(runner: ModelRunner) -> None:
+        runner._direct = None
+        count(runner)
+
+    expected, _ = run(checkpoint, "cpu", num_blocks, budget, block_size=16, use=switch_off)
+    found, _ = run(checkpoint, "cpu", num_blocks, budget, block_size=16, use=count)
+    assert found == expected
+    without, with_it = counted
+    assert without.num_steps == 0
+    assert with_it.num_steps > 3
+    assert with_it.num_left > 1
+    assert with_it.num_steps + with_it.num_left == without.num_left

@@ -294,8 +294,7 @@ OV_INLINE void ov_begin_item(OvItem *item, const OvOp *op, const OvStep *step, c
     item->spec = op->spec;
     item->scratch = (OvAttentionScratch *)scratch;
     item->sequence = &walk->sequence;
-    const OvGroup *group = &step->groups[op->n[1]];
-    item->table = group->block_tables + walk->row * group->table_stride;
+    item->table = ov_block_table(&step->groups[op->n[1]], walk->row);
     item->first_token = step->query_starts[walk->row];
     item->head = head;
     item->width = op->spec->head_dim;

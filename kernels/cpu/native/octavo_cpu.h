@@ -74,9 +74,15 @@ typedef struct {
 /* Where the layers of one group keep K/V in a step. */
 typedef struct {
     const int64_t *slots;        /* [num_tokens] block id * block_size + offset; negative: written nowhere */
-    const int64_t *block_tables; /* [num_rows, table_stride] */
+    const int64_t *block_tables; /* [tables, table_stride] */
     int64_t table_stride;
+    const int64_t *table_rows;   /* [num_rows] where in block_tables each row's table is; NULL: row after row */
 } OvGroup;
+
+static inline const int64_t *ov_block_table(const OvGroup *group, int64_t row) {
+    int64_t place = group->table_rows != NULL ? group->table_rows[row] : row;
+    return group->block_tables + place * group->table_stride;
+}
 
 /* One step's rows. All arrays are the host's; sequences are ordered decode-first, as kernels/backend.py says. */
 typedef struct {

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from octavo.kernels.backend import AttentionInputs, AttentionSpec
+from octavo.kernels.backend import AttentionInputs, AttentionSpec, DecodeRows, DrawParameters
 from octavo.kernels.cpu.backend import CpuBackend
 from octavo.kernels.reference.backend import ReferenceBackend
 from octavo.kernels.select import fallback_note, label, select_backend
@@ -156,6 +157,82 @@ def test_layers_of_each_group_read_their_own_tables(backend: CpuBackend) -> None
     assert torch.equal(logits, two_layers(token_ids, plans, indices))
     with pytest.raises(ValueError, match="plans for 1 groups of layers; the step was recorded with 2"):
         recorded(token_ids, plans[:1], indices)
+
+
+def parameters_of(count: int, temperature: float) -> DrawParameters:
+    return DrawParameters(
+        temperatures=torch.full((count,), temperature),
+        top_ks=torch.zeros(count, dtype=torch.int32),
+        top_ps=torch.full((count,), 0.9),
+        min_ps=torch.zeros(count),
+        seeds=torch.arange(count),
+    )
+
+
+@torch.inference_mode()
+def test_a_step_of_decodes_in_one_call_equals_the_step_and_the_draw(backend: CpuBackend) -> None:
+    """Rows whose tables stand anywhere, in arrays that are replaced, and that ask for one thing and for another."""
+    layer = TinyStep(backend)
+    layer.kv.copy_(torch.randn(layer.kv.shape, generator=torch.Generator().manual_seed(3)) * 0.3)
+    recorded = backend.record(layer, max_num_tokens=8, max_num_logits=4, num_groups=1)
+    assert recorded is not None
+    small = np.array([[7, 7], [3, 4], [1, 2], [5, 6]], np.int64)
+    wide = np.array([[9, 9, 9], [5, 6, 9], [9, 9, 9], [9, 9, 9], [1, 2, 9]], np.int64)
+    greedy, warm = parameters_of(3, 0.0), parameters_of(3, 1.5)
+    drawn = set()
+    for tables, places, positions, parameters in (
+        (small, [2, 3, 1], [17, 3, 31], greedy),
+        (small, [2, 3, 1], [18, 4, 31], warm),
+        (wide, [4, 1], [19, 16], parameters_of(2, 0.7)),
+        (small, [1], [0], parameters_of(1, 0.0)),
+    ):
+        rows, count = [tables[place] for place in places], len(places)
+        slots = [int(row[at // BLOCK]) * BLOCK + at % BLOCK for row, at in zip(rows, positions, strict=True)]
+        inputs = AttentionInputs(
+            num_rows=count,
+            num_decode_rows=count,
+            max_query_len=0,
+            query_lens=[1] * count,
+            context_lens=[at + 1 for at in positions],
+            query_starts=torch.arange(count + 1),
+            kv_lens=torch.tensor(positions) + 1,
+            positions=torch.tensor(positions),
+            slots=torch.tensor(slots),
+            block_tables=torch.from_numpy(np.stack(rows)),
+        )
+        token_ids = [5 + at for at in positions]
+        plan = backend.plan_attention(inputs, SPEC, BLOCK)
+        before = layer.kv.clone()
+        logits = layer(torch.tensor(token_ids), (plan,), torch.arange(count))
+        expected, kv = backend.draw(logits, parameters, inputs.positions + 1).tolist(), layer.kv.clone()
+        layer.kv.copy_(before)
+        assert recorded.decode(DecodeRows(token_ids, positions, [slots], [tables], [places]), parameters) == expected
+        assert torch.equal(layer.kv, kv)
+        drawn.update(expected)
+    assert len(drawn) > 4
+
+
+@torch.inference_mode()
+def test_a_decode_says_which_row_is_nan_and_refuses_too_many(backend: CpuBackend) -> None:
+    layer = TinyStep(backend)
+    recorded = backend.record(layer, max_num_tokens=8, max_num_logits=2, num_groups=1)
+    assert recorded is not None
+    layer.kv[2] = float("nan")
+    tables = np.array([[1], [2]], np.int64)
+    slots = [[BLOCK + 3, 2 * BLOCK + 3]]
+    drawn = recorded.decode(DecodeRows([1, 2], [3, 3], slots, [tables], [[0, 1]]), parameters_of(2, 1.0))
+    assert drawn[0] >= 0
+    assert drawn[1] == -1
+    with pytest.raises(ValueError, match="3 decodes is larger than what was recorded"):
+        recorded.decode(DecodeRows([1] * 3, [3] * 3, [[BLOCK] * 3], [tables], [[0] * 3]), parameters_of(3, 1.0))
+
+
+@torch.inference_mode()
+def test_blocks_that_native_code_cannot_read_are_refused(backend: CpuBackend) -> None:
+    layer = TinyStep(backend)
+    layer.kv = torch.zeros(8, 2, 2, 8, 16, dtype=backend.dtype)
+    with pytest.raises(ValueError, match="in blocks of 8"):
+        layer(torch.arange(3), (backend.plan_attention(inputs_of(3), SPEC, 8),), torch.tensor([2]))
 
 
 @torch.inference_mode()

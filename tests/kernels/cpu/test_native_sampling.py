@@ -25,9 +25,8 @@ def draw(logits: torch.Tensor, params: list[SamplingParams], seeds: list[int], p
         top_ps=torch.tensor([p.top_p for p in params]),
         min_ps=torch.tensor([p.min_p for p in params]),
         seeds=torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in seeds]),
-        positions=torch.tensor(positions),
     )
-    return BACKEND.draw(logits, parameters).tolist()
+    return BACKEND.draw(logits, parameters, torch.tensor(positions)).tolist()
 
 
 def expected(logits: torch.Tensor, params: SamplingParams, seed: int, position: int) -> int:

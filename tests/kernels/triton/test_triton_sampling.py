@@ -17,14 +17,13 @@ CPU = torch.device("cpu")
 VOCAB = 5003  # two tiles and a bit, and prime
 
 
-def parameters(params: list[SamplingParams], seeds: list[int], positions: list[int]) -> DrawParameters:
+def parameters(params: list[SamplingParams], seeds: list[int]) -> DrawParameters:
     return DrawParameters(
         temperatures=torch.tensor([p.temperature for p in params]),
         top_ks=torch.tensor([p.top_k for p in params], dtype=torch.int32),
         top_ps=torch.tensor([p.top_p for p in params]),
         min_ps=torch.tensor([p.min_p for p in params]),
         seeds=torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in seeds]),
-        positions=torch.tensor(positions),
     )
 
 
@@ -61,14 +60,15 @@ def test_every_row_draws_what_the_reference_sampler_draws(
     logits = torch.randn(len(params), VOCAB, generator=torch.Generator().manual_seed(seed % 2**31)) * spread
     seeds = [seed + index for index in range(len(params))]
     positions = [position + 3 * index for index in range(len(params))]
-    drawn = draw(logits, parameters(params, seeds, positions), truncated=True)
+    drawn = draw(logits, parameters(params, seeds), torch.tensor(positions), truncated=True)
     assert drawn.tolist() == [expected(row, *rest) for row, *rest in zip(logits, params, seeds, positions, strict=True)]
 
 
 def test_the_lowest_of_equal_logits_wins_across_tiles() -> None:
     logits = torch.zeros(2, VOCAB)
     logits[0, [7, 4100]] = 3.0
-    drawn = draw(logits, parameters([SamplingParams(temperature=0.0)] * 2, [0, 0], [0, 0]), truncated=False)
+    params = [SamplingParams(temperature=0.0)] * 2
+    drawn = draw(logits, parameters(params, [0, 0]), torch.tensor([0, 0]), truncated=False)
     assert drawn.tolist() == [7, 0]
 
 
@@ -76,7 +76,7 @@ def test_tokens_of_equal_logits_stay_together() -> None:
     logits = torch.full((1, VOCAB), -5.0)
     logits[0, [3, 900, 4500]] = 2.0
     params = SamplingParams(temperature=1.0, top_k=1)
-    drawn = {int(draw(logits, parameters([params], [seed], [0]), truncated=True)) for seed in range(12)}
+    drawn = {int(draw(logits, parameters([params], [seed]), torch.tensor([0]), truncated=True)) for seed in range(12)}
     assert drawn == {3, 900, 4500}
 
 
@@ -84,7 +84,7 @@ def test_a_row_with_nan_is_marked_and_its_neighbour_is_not() -> None:
     logits = torch.randn(2, VOCAB)
     logits[0, 4999] = math.nan
     params = [SamplingParams(temperature=1.0, top_p=0.9)] * 2
-    first, second = draw(logits, parameters(params, [1, 2], [3, 4]), truncated=True).tolist()
+    first, second = draw(logits, parameters(params, [1, 2]), torch.tensor([3, 4]), truncated=True).tolist()
     assert first == -1
     assert second == expected(logits[1], params[1], 2, 4)
 
@@ -92,7 +92,7 @@ def test_a_row_with_nan_is_marked_and_its_neighbour_is_not() -> None:
 def test_a_vocabulary_smaller_than_a_tile() -> None:
     logits = torch.randn(3, 50)
     params = [SamplingParams(temperature=t, top_k=k) for t, k in ((0.0, 0), (1.0, 0), (1.0, 3))]
-    drawn = draw(logits, parameters(params, [5, 6, 7], [1, 2, 3]), truncated=True)
+    drawn = draw(logits, parameters(params, [5, 6, 7]), torch.tensor([1, 2, 3]), truncated=True)
     assert drawn.tolist() == [
         expected(row, *rest) for row, *rest in zip(logits, params, [5, 6, 7], [1, 2, 3], strict=True)
     ]
