@@ -13,17 +13,15 @@ enum { OV_MOST_STRETCHES = 16 };
 typedef struct {
     const char *stretches[OV_MOST_STRETCHES];
     int64_t count, bytes; /* stretches, and of each */
-    int64_t turn, at;     /* the stretch whose turn it is, and how far all have come */
+    int64_t at, owed;     /* how far all have come, and how many bytes more were wanted */
 } OvFetch;
 
-/* The next `bytes` of what there still is to ask for. */
+/* `bytes` more of what there still is to ask for, in whole lines of all stretches: next to the product of a row, counting
+ * line by line costs as much as the product. */
 OV_INLINE void ov_fetch(OvFetch *fetch, int64_t bytes) {
-    for (; bytes > 0 && fetch->at < fetch->bytes; bytes -= 64) {
-        _mm_prefetch(fetch->stretches[fetch->turn] + fetch->at, _MM_HINT_T1);
-        if (++fetch->turn < fetch->count) continue;
-        fetch->turn = 0;
-        fetch->at += 64;
-    }
+    fetch->owed += bytes;
+    for (; fetch->owed > 0 && fetch->at < fetch->bytes; fetch->owed -= 64 * fetch->count, fetch->at += 64)
+        for (int64_t i = 0; i < fetch->count; i++) _mm_prefetch(fetch->stretches[i] + fetch->at, _MM_HINT_T1);
 }
 
 #endif
