@@ -277,6 +277,15 @@ static Product product_of(const OvOp *op, const OvStep *step, OvWorker *w) {
     return product;
 }
 
+/* Where this thread is likely to begin with the next product: what lies between is too short to wait for memory after it. */
+static Panels panels_ahead(const OvWorker *w) {
+    if (w->ahead == NULL) return (Panels){0};
+    const OvMatrix *matrix = w->ahead->weight;
+    const Product product = {.matrix = matrix, .item_panels = item_panels_of(matrix, w->count)};
+    const int64_t items = num_items(&product), place = ov_min(w->index / 2, items - 1);
+    return panels_of(&product, w->index % 2 != 0 ? items - 1 - place : place);
+}
+
 static void linear_multiply(const OvOp *op, const OvStep *step, OvWorker *w) {
     const Product product = product_of(op, step, w);
     const int64_t tile_bytes = OV_TILE_ROWS * product.matrix->num_steps * OV_STEP * OV_ELEMENT_BYTES(w->type);
@@ -284,11 +293,11 @@ static void linear_multiply(const OvOp *op, const OvStep *step, OvWorker *w) {
     const int64_t items = num_items(&product);
     const int64_t total = items * ov_ceil_div(product.num_rows, block);
     /* The next item is taken before this one is done, so that its weights can be fetched meanwhile. */
-    for (int64_t item = ov_take(w, total, 1), next; item >= 0; item = next) {
-        next = ov_take(w, total, 1);
+    for (int64_t item = ov_take_inwards(w, total), next; item >= 0; item = next) {
+        next = ov_take_inwards(w, total);
         int64_t first = item / items * block;
         Panels panels = panels_of(&product, item % items);
-        Panels fetched = next < 0 ? (Panels){0} : panels_of(&product, next % items);
+        Panels fetched = next < 0 ? panels_ahead(w) : panels_of(&product, next % items);
         multiply_panels(&product, panels, fetched, first, ov_min(first + block, product.num_rows));
     }
 }

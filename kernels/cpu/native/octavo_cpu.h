@@ -13,6 +13,7 @@
 #define OCTAVO_CPU_H
 
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -105,6 +106,7 @@ typedef struct {
     size_t scratch_bytes;
     void *shared;                   /* of all threads, as large as the operator's plan asked; kept between its phases */
     OvType type;                    /* the working type: activations and K/V */
+    const OvOp *ahead;              /* the next OV_LINEAR of the list, for one that is at work; or NULL */
 } OvWorker;
 
 /* Takes up to `grain` items of `total`: the first taken, or -1 when none is left. Who takes which never matters.
@@ -115,6 +117,20 @@ static inline int64_t ov_take(OvWorker *w, int64_t total, int64_t grain) {
     if (w->count == 1) atomic_store_explicit(w->next, first + grain, memory_order_relaxed); /* nobody else: no lock */
     else first = atomic_fetch_add_explicit(w->next, grain, memory_order_relaxed);
     return first < total ? first : -1;
+}
+
+/* Takes the next item from the beginning (threads with an even index) or from the end (the others), so that a thread can
+   tell where it will go on. -1 when none is left. */
+static inline int64_t ov_take_inwards(OvWorker *w, int64_t total) {
+    const bool from_end = w->index % 2 != 0;
+    const int64_t one = from_end ? (int64_t)1 << 32 : 1; /* the low half counts items taken from the beginning */
+    int64_t taken = atomic_load_explicit(w->next, memory_order_relaxed);
+    if ((taken & UINT32_MAX) + (taken >> 32) >= total) return -1;
+    if (w->count == 1) atomic_store_explicit(w->next, taken + one, memory_order_relaxed);
+    else taken = atomic_fetch_add_explicit(w->next, one, memory_order_relaxed);
+    const int64_t first = taken & UINT32_MAX, last = total - 1 - (taken >> 32);
+    if (first > last) return -1;
+    return from_end ? last : first;
 }
 
 typedef void (*OvPhase)(const OvOp *, const OvStep *, OvWorker *);

@@ -91,9 +91,16 @@ static bool advance(OvJob *job) {
     return settle(run);
 }
 
+static const OvOp *product_after(const RunJob *run) {
+    for (int64_t i = run->op + 1; i < run->num_ops; i++)
+        if (run->ops[i].kind == OV_LINEAR) return &run->ops[i];
+    return NULL;
+}
+
 static void work(OvJob *job, OvWorker *worker) {
     RunJob *run = (RunJob *)job;
     const OvOp *op = &run->ops[run->op];
+    if (op->kind == OV_LINEAR) worker->ahead = product_after(run);
     run->context->kernels->phases[op->kind][run->phase](op, run->step, worker);
 }
 
