@@ -287,8 +287,8 @@ class RecordingBackend(KernelBackend, Protocol):
         self, compute: StepFunction, *, max_num_tokens: int, max_num_logits: int, num_groups: int
     ) -> RecordedSteps | None:
         """Call `compute` once with stand-ins, remember the operators that it calls, and return what runs them for any
-        step of up to so many rows and as many plans. None where `compute`
-        does more than call operators of this backend, or not the same in every step."""
+        step of up to so many rows and as many plans. None where `compute` does more than call operators of this
+        backend, or not the same in every step."""
         ...
 
 

@@ -20,7 +20,6 @@ from ..backend import Activation, AttentionInputs, AttentionSpec, DrawParameters
 from ..weights import StoredWeight
 from .library import (
     Attention,
-    Draw,
     Group,
     NativeContext,
     Op,
@@ -32,7 +31,7 @@ from .library import (
     supports_attention,
 )
 from .packing import PackedExperts, PackedMatrix, pack_matrix, packed_bytes
-from .program import LOGITS, CpuPlan, GroupStandIn, RecordedStep, Recorder, Unrecordable
+from .program import LOGITS, CpuPlan, GroupStandIn, RecordedStep, Recorder, Unrecordable, draw_of
 
 logger = logging.getLogger("octavo.kernels")
 
@@ -280,14 +279,7 @@ class CpuBackend:
     def draw(self, logits: torch.Tensor, parameters: DrawParameters, positions: torch.Tensor) -> torch.Tensor:
         logits = logits.float()
         ids = torch.empty(logits.shape[0], dtype=torch.int64)
-        wanted = Draw(
-            temperatures=parameters.temperatures.data_ptr(),
-            top_ks=parameters.top_ks.data_ptr(),
-            top_ps=parameters.top_ps.data_ptr(),
-            min_ps=parameters.min_ps.data_ptr(),
-            seeds=parameters.seeds.data_ptr(),
-            positions=positions.data_ptr(),
-        )
+        wanted = draw_of(parameters, positions.data_ptr())
         self._do(OpKind.DRAW, logits, a=logits, out=ids, weight=ctypes.addressof(wanted), n=(logits.shape[1],))
         return ids
 

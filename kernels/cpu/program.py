@@ -120,6 +120,18 @@ class Recorder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def draw_of(parameters: DrawParameters, positions: int) -> Draw:
+    """Native code's form of what rows ask for; the tensors must outlive it. `positions`: the address of theirs."""
+    return Draw(
+        temperatures=parameters.temperatures.data_ptr(),
+        top_ks=parameters.top_ks.data_ptr(),
+        top_ps=parameters.top_ps.data_ptr(),
+        min_ps=parameters.min_ps.data_ptr(),
+        seeds=parameters.seeds.data_ptr(),
+        positions=positions,
+    )
+
+
 class RecordedStep:
     """A step as a list of operators; implements `RecordedSteps`."""
 
@@ -183,10 +195,9 @@ class DecodeProgram:
             groups=self._groups,
         )
         self._parameters: DrawParameters | None = None
-        # The token to draw stands where the K/V of those before it end.
-        self._draw = Draw(positions=lines[2])
+        self._wanted = Draw()
         draw = Op(kind=OpKind.DRAW, rows=LOGITS, a=logits.data_ptr(), stride_a=logits.stride(0))
-        draw.out, draw.weight, draw.n[0] = self._drawn.ctypes.data, ctypes.addressof(self._draw), logits.shape[1]
+        draw.out, draw.n[0] = self._drawn.ctypes.data, logits.shape[1]
         self._ops = (Op * (len(recorder.ops) + 1))(*recorder.ops, draw)
 
     def run(self, rows: DecodeRows, parameters: DrawParameters) -> list[int]:
@@ -203,9 +214,9 @@ class DecodeProgram:
                 self._groups[index].block_tables = tables.ctypes.data
                 self._groups[index].table_stride = tables.shape[1]
         if parameters is not self._parameters:
-            self._parameters = parameters
-            for name in ("temperatures", "top_ks", "top_ps", "min_ps", "seeds"):
-                setattr(self._draw, name, getattr(parameters, name).data_ptr())
+            # The token to draw stands where the K/V of those before it end.
+            self._parameters, self._wanted = parameters, draw_of(parameters, self._step.kv_lens)
+            self._ops[-1].weight = ctypes.addressof(self._wanted)
         step = self._step
         step.num_tokens = step.num_logits = step.num_rows = step.num_decode_rows = count
         self._context.run(self._ops, step)

@@ -16,8 +16,8 @@ typedef struct {
     int64_t at, owed;     /* how far all have come, and how many bytes more were wanted */
 } OvFetch;
 
-/* `bytes` more of what there still is to ask for, in whole lines of all stretches: next to the product of a row, counting
- * line by line costs as much as the product. */
+/* `bytes` more of what there still is to ask for, in whole lines of all stretches: counting line by line took up to
+ * a tenth of a step. */
 OV_INLINE void ov_fetch(OvFetch *fetch, int64_t bytes) {
     fetch->owed += bytes;
     for (; fetch->owed > 0 && fetch->at < fetch->bytes; fetch->owed -= 64 * fetch->count, fetch->at += 64)

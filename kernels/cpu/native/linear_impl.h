@@ -277,7 +277,7 @@ static Product product_of(const OvOp *op, const OvStep *step, OvWorker *w) {
     return product;
 }
 
-/* Where this thread is likely to begin with the next product: what lies between is too short to wait for memory after it. */
+/* Where this thread is likely to begin with the next product. What lies between is short, so it is asked for before. */
 static Panels panels_ahead(const OvWorker *w) {
     if (w->ahead == NULL) return (Panels){0};
     const OvMatrix *matrix = w->ahead->weight;
