@@ -30,8 +30,9 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
         return TritonBackend(device, dtype)
     if missing is None and chosen == "cpu":
         from .cpu.backend import CpuBackend
+        from .cpu.quota import usable_threads
 
-        return CpuBackend(device, dtype, torch.get_num_threads())
+        return CpuBackend(device, dtype, usable_threads(torch.get_num_threads()))
     from .reference.backend import ReferenceBackend
 
     return ReferenceBackend(device, dtype)

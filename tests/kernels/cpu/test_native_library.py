@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,13 +82,28 @@ def test_without_a_build_there_are_no_instruction_sets(monkeypatch: pytest.Monke
         NativeContext(torch.bfloat16, 1)
 
 
+def thread_ids() -> set[str]:
+    return set(os.listdir("/proc/self/task"))
+
+
+def wait_until_asleep(threads: set[str]) -> None:
+    """Returns once none of them is running or ready to run (the state behind the name in proc_pid_stat(5))."""
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/self/task/{i}/stat").read_text().rpartition(")")[2].split()[0] != "S" for i in threads):
+        assert time.monotonic() < deadline, "threads without work keep running"
+        time.sleep(0)
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, 7])
 def test_long_lists_on_any_number_of_threads(num_threads: int) -> None:
+    others = thread_ids()
     with NativeContext(torch.bfloat16, num_threads) as context:
+        team = thread_ids() - others
+        assert len(team) == num_threads - 1
         sums = Sums(context, 200)
         for _ in range(5):
             sums.check(context)
-        time.sleep(0.02)  # the threads are asleep by now
+        wait_until_asleep(team)
         sums.check(context)
 
 
