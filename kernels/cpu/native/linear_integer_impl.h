@@ -18,7 +18,7 @@ enum {
 };
 
 /* Which inputs of a step a sum is of. */
-enum { OV_WHOLE = 0, OV_HALF = 1, OV_NUM_SUMS = 3 };
+enum { OV_WHOLE = 0, OV_HALF = 1, OV_NUM_SUMS = 3, OV_NUM_FIELDS = 1 + 2 * OV_NUM_SUMS };
 
 /* Rows in integers lie in groups of up to 16; of each group and step a record:
  *
@@ -33,7 +33,7 @@ typedef struct {
 
 static RecordShape record_shape(int64_t num_rows) {
     const int64_t rows = num_rows > OV_FEW_ROWS ? OV_RECORD_ROWS : num_rows;
-    const int64_t numbers_at = ov_ceil_div((1 + 2 * OV_NUM_SUMS) * 4 * rows, 64) * 64;
+    const int64_t numbers_at = ov_ceil_div(OV_NUM_FIELDS * 4 * rows, 64) * 64;
     return (RecordShape){rows, numbers_at, ov_ceil_div(numbers_at + rows * OV_STEP, 64) * 64};
 }
 
@@ -55,66 +55,7 @@ static bool in_integers(const OvSegment *segment, OvType type) {
     return type == OV_BF16 && OV_CODINGS[segment->encoding].group != 0;
 }
 
-/* ------------------------------------------------------------------------------------------------------ rounded rows */
-
-/* Below this a step counts as zeros: dividing by it would overflow. */
-#define OV_SMALLEST 1e-30f
-
-/* 16 numbers to bytes, and their sum. */
-OV_INLINE int32_t put_numbers(int8_t *to, V16 rounded) {
-#ifdef OV_AVX512
-    __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(rounded));
-#else
-    __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(rounded.low), _mm256_cvtps_epi32(rounded.high));
-    words = _mm256_permute4x64_epi64(words, 0xD8);
-    __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-#endif
-    _mm_storeu_si128((__m128i *)to, bytes);
-    /* Bytes of either sign are added as if 128 more. */
-    __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8((char)0x80)), _mm_setzero_si128());
-    return _mm_cvtsi128_si32(sums) + _mm_extract_epi32(sums, 2) - 16 * 128;
-}
-
-/* One row's step into its record. poison: 0, or a NaN that all of the row's results are to be. */
-OV_INLINE void round_step(const V16 half[2], float poison, uint8_t *record, RecordShape shape, int64_t row) {
-    const float largest = v16_largest(v16_max(v16_abs(half[0]), v16_abs(half[1])));
-    const bool some = largest > OV_SMALLEST;
-    const float scale = (some ? largest / OV_ROW_LARGEST : 0.0f) + poison;
-    const V16 inverse = v16_set(some ? OV_ROW_LARGEST / largest : 0.0f);
-    int8_t *numbers = (int8_t *)record + shape.numbers_at + row * OV_STEP;
-    int32_t sums[OV_NUM_SUMS];
-    for (int i = 0; i < 2; i++) sums[OV_HALF + i] = put_numbers(numbers + 16 * i, v16_mul(half[i], inverse));
-    sums[OV_WHOLE] = sums[OV_HALF] + sums[OV_HALF + 1];
-    *record_scale(record, row) = scale;
-    for (int i = 0; i < OV_NUM_SUMS; i++) {
-        *record_scaled_sum(record, shape.rows, i, row) = (float)sums[i] * scale;
-        *record_sum(record, shape.rows, i, row) = sums[i];
-    }
-}
-
-/* 0, or a NaN if one of the inputs is not finite: comparing would lose it. */
-static float poison_of(const void *a, int64_t at, int64_t num_inputs) {
-    V16 sum = v16_zero();
-    for (int64_t i = 0; i < num_inputs; i += 16) sum = v16_fma(v16_get(a, at + i, 16, true), v16_zero(), sum);
-    return v16_sum(sum);
-}
-
-/* Rows [first, last) of num_rows to their records; `first` starts a group. What is missing of a group stays as it is. */
-static void arrange_integers(const OvOp *op, const OvMatrix *matrix, int64_t num_rows, int64_t first, int64_t last,
-                             uint8_t *to) {
-    const RecordShape shape = record_shape(num_rows);
-    to += first / shape.rows * matrix->num_steps * shape.bytes;
-    for (int64_t row = first; row < last; row++) {
-        const int64_t at = row * op->stride_a;
-        const float poison = poison_of(op->a, at, matrix->num_inputs);
-        uint8_t *record = to;
-        for (int64_t step = 0; step < matrix->num_steps; step++, record += shape.bytes) {
-            const int64_t i = at + step * OV_STEP;
-            const V16 half[2] = {v16_get(op->a, i, 16, true), v16_get(op->a, i + 16, 16, true)};
-            round_step(half, poison, record, shape, row - first);
-        }
-    }
-}
+#include "linear_rounding_impl.h"
 
 /* --------------------------------------------------------------------------------------------------------- products */
 

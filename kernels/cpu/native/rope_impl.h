@@ -70,14 +70,16 @@ OV_INLINE void ov_write_value(void *v, int64_t offset, const void *from, int64_t
     for (int64_t d = 0; d < width; d++) to[2 * d] = bits[d];
 }
 
-/* Asks for the lines that the token's K will be written to, while its queries are computed. */
+/* Asks for the lines that the token's K and V will be written to, while its queries are computed. */
 OV_INLINE void ov_fetch_slot(const OvOp *op, int64_t block, int64_t offset, int bf16) {
     const OvAttention *spec = op->spec;
-    int64_t lines = spec->head_dim / (bf16 ? 2 : 1);
+    const int64_t width = spec->head_dim, element = bf16 ? 2 : 4;
+    const int64_t keys = offset / OV_KEYS * OV_KEYS, values = bf16 ? offset / 2 * 2 : offset; /* bf16: V in pairs */
     for (int64_t head = 0; head < spec->num_kv_heads; head++) {
-        int64_t at = ov_kv_offset(spec, block, 0, head) + offset / OV_KEYS * OV_KEYS * spec->head_dim;
-        const char *k = ov_at(op->out2, at, bf16);
-        for (int64_t i = 0; i < lines; i++) __builtin_prefetch(k + 64 * i, 1);
+        const char *k = ov_at(op->out2, ov_kv_offset(spec, block, 0, head) + keys * width, bf16);
+        const char *v = ov_at(op->out2, ov_kv_offset(spec, block, 1, head) + values * width, bf16);
+        for (int64_t i = 0; i < width * OV_KEYS * element; i += 64) __builtin_prefetch(k + i, 1);
+        for (int64_t i = 0; i < width * 4; i += 64) __builtin_prefetch(v + i, 1);
     }
 }
 

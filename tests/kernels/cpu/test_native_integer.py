@@ -75,11 +75,28 @@ def test_instruction_sets_give_the_same_bits(encoding: str) -> None:
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+@pytest.mark.parametrize("encoding", ["Q4_1", "Q4_0", "Q2_K", "Q6_K"])  # sums of 32, of 16, scaled and as they are
+def test_steps_rounded_at_once_are_those_rounded_one_by_one(encoding: str) -> None:
+    """AVX2 rounds a step at a time, AVX-512 sixteen of one or several rows, and what is left over a step at a time."""
+    weight = random_weight(encoding, 20, 1280)
+    contexts = [NativeContext(torch.bfloat16, 2, isa) for isa in supported_isas()]
+    matrices = [pack_matrix([weight], context) for context in contexts]
+    for num_rows in (*range(1, 19), 31, 33):
+        x = rows(contexts[0], num_rows, 1280)
+        x[:, :320] *= 1e-31  # counts as zeros
+        x[num_rows // 2, 640:] = 0.0
+        found = [linear(context, matrix, x) for context, matrix in zip(contexts, matrices, strict=True)]
+        assert found[0].isfinite().all()
+        assert all(torch.equal(found[0], other) for other in found[1:]), num_rows
+    for context in contexts:
+        context.close()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("num_rows", [1, 20])
+@pytest.mark.parametrize("num_rows", [1, 3, 20])
 def test_what_is_not_finite_stays_visible(context: NativeContext, bad: float, num_rows: int) -> None:
-    matrix = pack_matrix([random_weight("Q8_0", 20, 64)], context)
-    x = rows(context, num_rows, 64)
+    matrix = pack_matrix([random_weight("Q8_0", 20, 576)], context)
+    x = rows(context, num_rows, 576)
     clean = linear(context, matrix, x)
     x[0, 37] = bad
     found = linear(context, matrix, x)
