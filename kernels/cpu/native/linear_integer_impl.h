@@ -174,9 +174,6 @@ OV_INLINE void integer_panel_of(OvCoding form, const Product *product, const OvS
     Rows rows = {.shape = record_shape(product->num_rows)};
     const int64_t record_bytes = product->matrix->num_steps * rows.shape.bytes;
     Fetch none = {0};
-#ifdef OV_AMX
-    if (last - row > OV_FEW_ROWS) unpack_panel(form, segment, panel, product->matrix->num_steps, product->tiles);
-#endif
     for (int64_t count; row < last; row += count, fetch = &none) {
         rows.record = (uint8_t *)product->records + row / rows.shape.rows * record_bytes;
         rows.first = row % rows.shape.rows;
@@ -184,7 +181,10 @@ OV_INLINE void integer_panel_of(OvCoding form, const Product *product, const OvS
 #ifdef OV_AMX
         count = ov_min(OV_RECORD_ROWS, last - row);
         if (rows.first == 0 && count > OV_FEW_ROWS) {
-            integer_tiles(form, product, segment, panel, &rows, count, fetch);
+            const bool unpacked = fetch == &none, along = !unpacked && last - row <= OV_UNPACKED_ALONG;
+            if (!unpacked && !along) unpack_steps(form, product, segment, panel, product->matrix->num_steps);
+            if (along) integer_tiles(form, product, segment, panel, &rows, count, true, fetch);
+            else integer_tiles(form, product, segment, panel, &rows, count, false, fetch);
             continue;
         }
 #endif
