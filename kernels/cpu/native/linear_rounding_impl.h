@@ -1,5 +1,5 @@
-/* Rows rounded to 8 bits, into records (linear_integer_impl.h). With AVX-512 sixteen steps are rounded at once, of one row
- * or of several; they get the numbers that one step at a time gets. */
+/* Rows rounded to 8 bits, into records (linear_integer_impl.h). With AVX-512 sixteen steps are rounded at once, of one
+ * row or of several; they get the numbers that one step at a time gets. */
 
 #include <math.h>
 
@@ -109,7 +109,8 @@ OV_INLINE void sums_of(const __m512i bytes[8], __m512i sums[OV_NUM_SUMS]) {
                                    _mm512_unpackhi_epi64(eighths[0], eighths[1]));
     }
     for (int i = 0; i < 2; i++) two[i] = _mm512_or_si512(four[2 * i], _mm512_slli_epi64(four[2 * i + 1], 32));
-    /* Pair p of `two` lies in lane 0, 2, 1, 3 for p = 0, 1, 2, 3: of quarter 0 and 1 the first step's halves. */
+    /* Four pairs of steps lie in each of `two`: in every four lanes pairs 0, 2, 1, 3, first the halves of the pairs'
+     * first steps, then those of their second steps. */
     const __m512i first = _mm512_setr_epi32(0, 8, 2, 10, 1, 9, 3, 11, 16, 24, 18, 26, 17, 25, 19, 27);
     const __m512i more = _mm512_set1_epi32(16 * 128), second = _mm512_add_epi32(first, _mm512_set1_epi32(4));
     sums[OV_HALF] = _mm512_sub_epi32(_mm512_permutex2var_epi32(two[0], first, two[1]), more);
@@ -141,7 +142,8 @@ OV_INLINE void round_sixteen(const Rounding *rounding, const Sixteen *sixteen) {
     for (int i = 0; i < 16; i++) x[i] = _mm512_loadu_si512(sixteen->from[i] + sixteen->step * OV_STEP);
     const __m512 largest = _mm512_castsi512_ps(largest_of(x));
     const __mmask16 some = _mm512_cmp_ps_mask(largest, _mm512_set1_ps(OV_SMALLEST), _CMP_GT_OQ);
-    const __mmask16 bad = _mm512_cmp_ps_mask(_mm512_mul_ps(largest, _mm512_setzero_ps()), _mm512_setzero_ps(), _CMP_UNORD_Q);
+    const __m512 zero = _mm512_setzero_ps();
+    const __mmask16 bad = _mm512_cmp_ps_mask(_mm512_mul_ps(largest, zero), zero, _CMP_UNORD_Q);
     const __m512 most = _mm512_set1_ps(OV_ROW_LARGEST);
     __m512 scale = _mm512_maskz_div_ps(some, largest, most);
     scale = _mm512_mask_mov_ps(scale, bad, _mm512_set1_ps(NAN));

@@ -31,10 +31,10 @@
 #define PHASE_UNIT 0x4000u
 #define PHASE_MASK (~(PHASE_UNIT - 1))
 
-/* A thread without work first waits with `pause` (about 50 us on Intel, a third of that on AMD), then offers its core to
- * whoever is ready to run in this system, and only after this many nanoseconds sleeps: a virtual core that sleeps is given
- * away by the host, and comes back late where neighbours are busy. Sleeping after 50 us made steps take 1.04 to 1.5 times
- * as long, the more the busier the neighbours. */
+/* A thread without work first waits with `pause` (about 50 us on Intel, a third of that on AMD), then offers its core
+ * to whoever is ready to run in this system, and only after this many nanoseconds sleeps: a virtual core that sleeps is
+ * given away by the host, and comes back late where neighbours are busy. Sleeping after 50 us made steps take 1.04 to
+ * 1.5 times as long, the more the busier the neighbours. */
 #define SPINS 1100
 #define PATIENCE 20000000
 
