@@ -32,9 +32,9 @@
 #define PHASE_MASK (~(PHASE_UNIT - 1))
 
 /* A thread without work first waits with `pause` (about 50 us on Intel, a third of that on AMD), then offers its core
- * to whoever is ready to run in this system, and only after this many nanoseconds sleeps: a virtual core that sleeps is
- * given away by the host, and comes back late where neighbours are busy. Sleeping after 50 us made steps take 1.04 to
- * 1.5 times as long, the more the busier the neighbours. */
+ * to whoever is ready to run in this system, and only after this many nanoseconds sleeps. In a virtual machine with
+ * busy neighbours sleeping after 50 us instead made steps take 1.03 to 1.07 times as long, and against threads that never
+ * slept 1.3 to 1.5 times while much time was stolen: presumably a virtual core that sleeps is given away. */
 #define SPINS 1100
 #define PATIENCE 20000000
 

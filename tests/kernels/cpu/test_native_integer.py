@@ -3,6 +3,7 @@ instruction sets agree to the last bit."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 
@@ -79,17 +80,16 @@ def test_instruction_sets_give_the_same_bits(encoding: str) -> None:
 def test_steps_rounded_at_once_are_those_rounded_one_by_one(encoding: str) -> None:
     """AVX2 rounds a step at a time, AVX-512 sixteen of one or several rows, and what is left over a step at a time."""
     weight = random_weight(encoding, 20, 1280)
-    contexts = [NativeContext(torch.bfloat16, 2, isa) for isa in supported_isas()]
-    matrices = [pack_matrix([weight], context) for context in contexts]
-    for num_rows in (*range(1, 19), 31, 33):
-        x = rows(contexts[0], num_rows, 1280)
-        x[:, :320] *= 1e-31  # counts as zeros
-        x[num_rows // 2, 640:] = 0.0
-        found = [linear(context, matrix, x) for context, matrix in zip(contexts, matrices, strict=True)]
-        assert found[0].isfinite().all()
-        assert all(torch.equal(found[0], other) for other in found[1:]), num_rows
-    for context in contexts:
-        context.close()
+    with contextlib.ExitStack() as stack:
+        contexts = [stack.enter_context(NativeContext(torch.bfloat16, 2, isa)) for isa in supported_isas()]
+        matrices = [pack_matrix([weight], context) for context in contexts]
+        for num_rows in (*range(1, 19), 31, 33):
+            x = rows(contexts[0], num_rows, 1280)
+            x[:, :320] *= 1e-31  # counts as zeros
+            x[num_rows // 2, 640:] = 0.0
+            found = [linear(context, matrix, x) for context, matrix in zip(contexts, matrices, strict=True)]
+            assert found[0].isfinite().all()
+            assert all(torch.equal(found[0], other) for other in found[1:]), num_rows
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
