@@ -23,7 +23,12 @@ from setuptools.errors import CompileError
 NATIVE = Path("kernels/cpu/native")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni", "bf16")), "-mprefer-vector-width=512"]
-ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "amx": [*AVX512, "-mamx-tile", "-mamx-bf16"]}
+ISA_FLAGS = {
+    "avx2": AVX2,
+    "avxvnni": [*AVX2, "-mavxvnni"],
+    "avx512": AVX512,
+    "amx": [*AVX512, "-mamx-tile", "-mamx-bf16"],
+}
 # NaN and the order of sums matter, so nothing of -ffast-math; products are fused where the code says so.
 FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-Wall", "-g0"]
 

@@ -44,6 +44,12 @@ def fallback_note(name: str, device: torch.device, dtype: torch.dtype, head_dim:
     return f"plain torch serves, without the kernels for {device.type}: {reason}" if reason else None
 
 
+def has_cpu_kernels(name: str, device: torch.device, head_dim: int) -> bool:
+    """Whether `select_backend` takes the native CPU kernels, for bfloat16 too."""
+    chosen = _native_name(device) if name == "auto" else name
+    return chosen == "cpu" and _why_no_cpu(device, torch.bfloat16, head_dim) is None
+
+
 def label(backend: KernelBackend) -> str:
     """Name and detail, for messages."""
     return f"{backend.name} ({backend.detail})" if backend.detail else backend.name

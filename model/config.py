@@ -21,7 +21,7 @@ class ModelConfig:
     """What computes it. native: a family here; generic: transformers' own code (model/generic); auto: a family where
     there is one."""
     dtype: DType = "auto"
-    """Type of activations and K/V. auto: bfloat16 where the device multiplies it natively, else float32."""
+    """Type of activations and K/V. auto: see `resolve_dtype`."""
     device: Device = "auto"
     max_model_len: int | None = None
     """Prompt and output tokens of one sequence at most. None: what the model was trained for, fitted to the pool."""

@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .spec import ModelError
+from ..kernels.select import has_cpu_kernels
+from .registry import family_note
+from .spec import ModelError, ModelSpec
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NATIVE_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
@@ -29,10 +31,13 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 where the device multiplies it natively, else float32. Raises ModelError for the unknown."""
+def resolve_dtype(name: str, device: torch.device, kernel_backend: str, spec: ModelSpec) -> torch.dtype:
+    """ "auto" is bfloat16 where the device multiplies it natively, and where the native CPU kernels compute the whole
+    model: with it they multiply quantised weights as the integers that they are, on any instruction set. Else float32.
+    Raises ModelError for the unknown."""
     if name == "auto":
-        return torch.bfloat16 if _has_native_bfloat16(device) else torch.float32
+        native = family_note(spec) is None and has_cpu_kernels(kernel_backend, device, spec.head_dim)
+        return torch.bfloat16 if native or _has_native_bfloat16(device) else torch.float32
     if name not in _DTYPES:
         raise ModelError(f"unknown dtype {name!r}; known: auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]

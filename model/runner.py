@@ -84,7 +84,6 @@ class ModelRunner:
         report = progress or (lambda phase, share: None)
         self.block_size = block_size
         self._device = resolve_device(config.device)
-        dtype = resolve_dtype(config.dtype, self._device)
         with self._phase("open", report):
             source = source or open_weights(config.path, config.load_format, config.model_impl)
             num_parameters = check_weights(source)
@@ -92,6 +91,7 @@ class ModelRunner:
         family = family_note(self.spec)
         if family is not None:
             self.notes.append(family)
+        dtype = resolve_dtype(config.dtype, self._device, config.kernel_backend, self.spec)
         with self._phase("load", report), torch.inference_mode():
             try:
                 self.backend = select_backend(config.kernel_backend, self._device, dtype, self.spec.head_dim)

@@ -15,7 +15,7 @@ from types import TracebackType
 
 import torch
 
-ISA_NAMES = ("avx2", "avx512", "amx")
+ISA_NAMES = ("avx2", "avxvnni", "avx512", "amx")
 """In rising order; the bits of `ov_supported`."""
 _STATUS = {
     1: "this CPU, its operating system or this build lacks the instruction set",

@@ -10,6 +10,7 @@ from ..options import ENV_PREFIX, OPTIONS, OptionError, add_group, given, parse_
 
 if TYPE_CHECKING:
     from ...model.plan import PlanRequest
+    from ...model.spec import ModelSpec
     from . import Subcommands
 
 _SERVER_OPTIONS = (
@@ -95,15 +96,16 @@ def _plan(
     from ...model.plan import plan_model
     from ..plan_report import print_json, print_report
 
-    request, notes = plan_request(values, memory, context, concurrency)
-    plan = plan_model(read_header(values["model"], values["model_impl"]), request)
+    header = read_header(values["model"], values["model_impl"])
+    request, notes = plan_request(values, header.spec, memory, context, concurrency)
+    plan = plan_model(header, request)
     show = print_json if as_json else print_report
     show(plan, values, notes)
     return 0 if plan.header.refusal is None else 1
 
 
 def plan_request(
-    values: Mapping[str, Any], memory: int | None, context: int | None, concurrency: int | None
+    values: Mapping[str, Any], spec: ModelSpec, memory: int | None, context: int | None, concurrency: int | None
 ) -> tuple[PlanRequest, tuple[str, ...]]:
     """The request, and what a user should know of how it came about. Raises OptionError."""
     import torch
@@ -121,7 +123,7 @@ def plan_request(
         dtype = torch.bfloat16
         notes = ("dtype auto is taken for bfloat16, as on CUDA devices from compute capability 8.0 on",)
     else:
-        dtype = resolve_dtype(values["dtype"], device)
+        dtype = resolve_dtype(values["dtype"], device, values["kernel_backend"], spec)
     kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
     free = free_memory(device) if memory is None else FreeMemory(kind, memory, memory)
     request = PlanRequest(

@@ -44,8 +44,9 @@ def planned(model: str | None, **settings: str) -> tuple[Any, list[str]]:
     """What the plan expects the engine to say, and the arguments of `octavo serve` that it prints."""
     given = settings if model is None else {**settings, "model": model}
     values = resolve_options(given, {})
-    request, _ = plan_request(values, memory=2**32, context=None, concurrency=None)
-    plan = plan_model(read_header(values["model"]), request)
+    header = read_header(values["model"])
+    request, _ = plan_request(values, header.spec, memory=2**32, context=None, concurrency=None)
+    plan = plan_model(header, request)
     return expected_ready(plan, values), serve_command(plan, values)[2:]
 
 

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from octavo.kernels.cpu.library import supported_isas
 from octavo.model import device as device_module
 from octavo.model.device import resolve_device, resolve_dtype
-from octavo.model.spec import ModelError
+from octavo.model.spec import ModelError, ModelSpec, RopeSpec
 
 CPU = torch.device("cpu")
+SPEC = ModelSpec(
+    architecture="LlamaForCausalLM",
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-5,
+    rope=RopeSpec(rotary_dim=16),
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
+)
 
 
 def test_auto_takes_cuda_where_torch_finds_it(monkeypatch):
@@ -28,29 +45,43 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "dtype"),
+    ("flags", "kernel_backend", "dtype"),
     [
-        ({"avx2"}, torch.float32),
-        ({"avx2", "avx512_bf16"}, torch.bfloat16),
-        ({"amx_bf16"}, torch.bfloat16),
-        (set(), torch.float32),
+        ({"avx2"}, "reference", torch.float32),
+        ({"avx2", "avx512_bf16"}, "reference", torch.bfloat16),
+        ({"amx_bf16"}, "reference", torch.bfloat16),
+        (set(), "reference", torch.float32),
     ],
 )
-def test_auto_dtype_follows_the_instruction_sets(monkeypatch, flags, dtype):
+def test_auto_dtype_follows_the_instruction_sets(monkeypatch, flags, kernel_backend, dtype):
     monkeypatch.setattr(device_module, "_cpu_flags", lambda: frozenset(flags))
-    assert resolve_dtype("auto", CPU) is dtype
+    assert resolve_dtype("auto", CPU, kernel_backend, SPEC) is dtype
+
+
+@pytest.mark.skipif(not supported_isas(), reason="no native library for this machine")
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ({}, torch.bfloat16),
+        ({"head_dim": 20}, torch.float32),  # attention then is plain torch's
+        ({"transformers_config": "{}"}, torch.float32),  # and so are products
+    ],
+)
+def test_auto_dtype_is_bfloat16_where_native_kernels_compute_the_model(monkeypatch, changes, dtype):
+    monkeypatch.setattr(device_module, "_cpu_flags", lambda: frozenset({"avx2"}))
+    assert resolve_dtype("auto", CPU, "auto", dataclasses.replace(SPEC, **changes)) is dtype
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
 def test_auto_dtype_on_cuda(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert resolve_dtype("auto", torch.device("cuda")) is dtype
+    assert resolve_dtype("auto", torch.device("cuda"), "auto", SPEC) is dtype
 
 
 def test_named_dtypes():
-    assert resolve_dtype("float16", CPU) is torch.float16
+    assert resolve_dtype("float16", CPU, "auto", SPEC) is torch.float16
     with pytest.raises(ModelError, match="unknown dtype 'int3'"):
-        resolve_dtype("int3", CPU)
+        resolve_dtype("int3", CPU, "auto", SPEC)
 
 
 def test_float16_runs_on_the_cpu(tiny_model, make_batch):

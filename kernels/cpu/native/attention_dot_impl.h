@@ -1,16 +1,20 @@
 /* The two products of attention in vector registers: q . k for sixteen keys in lanes, and weights . V for sixteen
- * dimensions in lanes. Up to eight rows share each load of K and V; every row is summed in the same order, dimensions
- * or keys one after another, so it does not matter which rows these are.
+ * dimensions in lanes. Up to eight rows share each load of K and V, and few rows take several vectors of them at once, so
+ * that no sum has to wait for its last product. Every row is summed in the same order, dimensions or keys one after
+ * another, so it does not matter which rows these are.
  */
 #ifndef OCTAVO_ATTENTION_DOT_IMPL_H
 #define OCTAVO_ATTENTION_DOT_IMPL_H
 
 #include "attention_softmax_impl.h"
+#include "fetch_impl.h"
 
 #ifdef __AVX512F__
 #define OV_MOST_ROWS 8
+#define OV_VECTORS_FOR(rows) ((rows) > 4 ? 2 : 4) /* up to 16 sums */
 #else
 #define OV_MOST_ROWS 4 /* a V16 is two of sixteen registers */
+#define OV_VECTORS_FOR(rows) 1
 #endif
 
 /* Sixteen pairs of bf16, their first or second elements as fp32. */
@@ -44,138 +48,178 @@ OV_INLINE OvPairs ov_load_pairs(const uint16_t *p, uint32_t mask) {
 }
 #endif
 
-/* sums[r] += x[r][2i] * first + x[r][2i + 1] * second, over `count` pairs of vectors at `pairs`, `stride` elements from
- * one to the next. x holds bf16 (OV_PAIRS) or fp32 (OV_WIDE), x_stride elements from row to row. */
-OV_INLINE void ov_dot_pairs(const void *x, int64_t x_stride, const uint16_t *pairs, int64_t stride, int64_t count,
-                            uint32_t mask, V16 *sums, int rows, OvForm form) {
-    for (int64_t i = 0; i < count; i++) {
-        OvPairs both = ov_load_pairs(pairs + i * stride, mask);
+/* What both products do for up to eight rows of x: vectors of 16 lanes, weighed by elements of x, summed up. x holds bf16
+ * (OV_PAIRS) or fp32. */
+typedef struct {
+    const char *x;
+    int64_t row_bytes;
+    OvFetch *fetch; /* what to ask for meanwhile */
+} OvDot;
+
+/* sums[v][r] += x[r][i] * vectors[v][i], over `count` vectors of fp32 `stride` bytes apart, or as many pairs of bf16
+ * vectors: x[r][2 i] * the first of the pair + x[r][2 i + 1] * the second; mask: which of the two count. */
+OV_INLINE void ov_dot(const OvDot *dot, const char *x, const char *const *vectors, int64_t stride, int64_t count,
+                      uint32_t mask, V16 *sums, int rows, int num_vectors, OvForm form) {
+    for (int64_t i = 0; i < count; i++, x += form == OV_WIDE ? 8 : 4) {
+        ov_fetch(dot->fetch, 64 * num_vectors);
+        if (form == OV_FLOATS) {
+            V16 vector[4];
+            OV_UNROLL
+            for (int v = 0; v < num_vectors; v++) vector[v] = v16_load((const float *)(vectors[v] + i * stride));
+            OV_UNROLL
+            for (int r = 0; r < rows; r++) {
+                const V16 weight = v16_set(*(const float *)(x + r * dot->row_bytes));
+                OV_UNROLL
+                for (int v = 0; v < num_vectors; v++)
+                    sums[v * rows + r] = v16_fma(weight, vector[v], sums[v * rows + r]);
+            }
+            continue;
+        }
+        OvPairs pairs[4];
+        OV_UNROLL
+        for (int v = 0; v < num_vectors; v++) pairs[v] = ov_load_pairs((const uint16_t *)(vectors[v] + i * stride), mask);
 #ifdef __AVX512BF16__
         if (form == OV_PAIRS) {
-#pragma GCC unroll 8
+            OV_UNROLL
             for (int r = 0; r < rows; r++) {
                 int pair;
-                memcpy(&pair, (const uint16_t *)x + r * x_stride + 2 * i, 4);
-                sums[r] = _mm512_dpbf16_ps(sums[r], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)both);
+                memcpy(&pair, x + r * dot->row_bytes, 4);
+                const __m512bh weights = (__m512bh)_mm512_set1_epi32(pair);
+                OV_UNROLL
+                for (int v = 0; v < num_vectors; v++)
+                    sums[v * rows + r] = _mm512_dpbf16_ps(sums[v * rows + r], weights, (__m512bh)pairs[v]);
             }
             continue;
         }
 #endif
-        (void)form;
-        V16 first = ov_pair_first(both), second = ov_pair_second(both);
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            const float *at = (const float *)x + r * x_stride + 2 * i;
-            sums[r] = v16_fma(v16_set(at[0]), first, sums[r]);
-            sums[r] = v16_fma(v16_set(at[1]), second, sums[r]);
+        OV_UNROLL
+        for (int v = 0; v < num_vectors; v++) {
+            const V16 first = ov_pair_first(pairs[v]), second = ov_pair_second(pairs[v]);
+            OV_UNROLL
+            for (int r = 0; r < rows; r++) {
+                const float *at = (const float *)(x + r * dot->row_bytes);
+                V16 *sum = &sums[v * rows + r];
+                *sum = v16_fma(v16_set(at[0]), first, *sum);
+                *sum = v16_fma(v16_set(at[1]), second, *sum);
+            }
         }
     }
 }
 
-/* sums[r] += x[r][i] * vectors[i], all fp32. */
-OV_INLINE void ov_dot_floats(const float *x, int64_t x_stride, const float *vectors, int64_t stride, int64_t count,
-                             V16 *sums, int rows) {
-    for (int64_t i = 0; i < count; i++) {
-        V16 vector = v16_load(vectors + i * stride);
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) sums[r] = v16_fma(v16_set(x[r * x_stride + i]), vector, sums[r]);
-    }
-}
+/* ---------------------------------------------------------------------------------------------------------- scores */
 
-/* What both products do for up to eight rows: vectors of 16 lanes at `vectors`, weighed by rows of x, added to rows of
- * `out` or put there. `count` counts vectors, or pairs of them. */
+/* `rows` rows of q against K of every sixteen keys of a chunk, of which groups [first, last) are wanted. */
 typedef struct {
-    const void *x;
-    int64_t x_stride; /* elements of x */
-    const void *vectors;
-    int64_t stride, count;
-    uint32_t mask; /* of pairs: which of the two count */
-    float *out;
-    int64_t out_stride;
-    int add;
-} OvDot;
+    OvDot q;
+    const void *const *keys;
+    int64_t first, last, width;
+    float *scores; /* of the first row; a row every OV_CHUNK */
+} OvScores;
 
-OV_INLINE void ov_dot_rows(const OvDot *dot, int first, int rows, uint32_t mask, OvForm form) {
-    V16 sums[OV_MOST_ROWS];
-    float *out = dot->out + first * dot->out_stride;
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) sums[r] = dot->add ? v16_load(out + r * dot->out_stride) : v16_zero();
-    const char *x = (const char *)dot->x + first * dot->x_stride * (form == OV_PAIRS ? 2 : 4);
-    if (form == OV_FLOATS)
-        ov_dot_floats((const float *)x, dot->x_stride, (const float *)dot->vectors, dot->stride, dot->count, sums,
-                      rows);
-    else
-        ov_dot_pairs(x, dot->x_stride, (const uint16_t *)dot->vectors, dot->stride, dot->count, mask, sums, rows,
-                     form);
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) v16_store(out + r * dot->out_stride, sums[r]);
-}
-
-OV_INLINE void ov_dot_all_rows(const OvDot *dot, int rows, uint32_t mask, OvForm form) {
-    int first = 0;
-    for (; first + OV_MOST_ROWS <= rows; first += OV_MOST_ROWS) ov_dot_rows(dot, first, OV_MOST_ROWS, mask, form);
-    switch (rows - first) {
-#if OV_MOST_ROWS == 8
-    case 7: ov_dot_rows(dot, first, 7, mask, form); break;
-    case 6: ov_dot_rows(dot, first, 6, mask, form); break;
-    case 5: ov_dot_rows(dot, first, 5, mask, form); break;
-    case 4: ov_dot_rows(dot, first, 4, mask, form); break;
-#endif
-    case 3: ov_dot_rows(dot, first, 3, mask, form); break;
-    case 2: ov_dot_rows(dot, first, 2, mask, form); break;
-    case 1: ov_dot_rows(dot, first, 1, mask, form); break;
-    default: break;
+OV_INLINE void ov_score_groups(const OvScores *s, int64_t group, int first_row, int rows, int num_groups, OvForm form) {
+    V16 sums[16];
+    const char *keys[4];
+    OV_UNROLL
+    for (int i = 0; i < num_groups * rows; i++) sums[i] = v16_zero();
+    OV_UNROLL
+    for (int v = 0; v < num_groups; v++) keys[v] = s->keys[group + v];
+    ov_dot(&s->q, s->q.x + first_row * s->q.row_bytes, keys, 64, form == OV_FLOATS ? s->width : s->width / 2, UINT32_MAX,
+           sums, rows, num_groups, form);
+    float *scores = s->scores + first_row * OV_CHUNK + group * OV_KEYS;
+    OV_UNROLL
+    for (int v = 0; v < num_groups; v++) {
+        OV_UNROLL
+        for (int r = 0; r < rows; r++) v16_store(scores + r * OV_CHUNK + v * OV_KEYS, sums[v * rows + r]);
     }
 }
 
-static void ov_dot_f32(const OvDot *dot, int rows) { ov_dot_all_rows(dot, rows, UINT32_MAX, OV_FLOATS); }
-static void ov_dot_bf16(const OvDot *dot, int rows) {
-    if (dot->mask == UINT32_MAX) ov_dot_all_rows(dot, rows, UINT32_MAX, OV_BF16_FORM);
-    else ov_dot_all_rows(dot, rows, dot->mask, OV_BF16_FORM);
+OV_INLINE void ov_score_rows(const OvScores *s, int first_row, int rows, OvForm form) {
+    int64_t group = s->first;
+    for (; group + OV_VECTORS_FOR(rows) <= s->last; group += OV_VECTORS_FOR(rows))
+        ov_score_groups(s, group, first_row, rows, OV_VECTORS_FOR(rows), form);
+    for (; group < s->last; group++) ov_score_groups(s, group, first_row, rows, 1, form);
 }
 
-/* Scores of `rows` rows of q (q_stride elements apart) against sixteen keys. */
-OV_INLINE void ov_score_keys(const void *q, int64_t q_stride, const void *keys, int64_t width, float *scores, int rows,
-                             OvForm form) {
-    OvDot dot = {.x = q, .x_stride = q_stride, .vectors = keys, .out = scores, .out_stride = OV_CHUNK};
-    dot.mask = UINT32_MAX;
-    dot.stride = form == OV_FLOATS ? OV_KEYS : 2 * OV_KEYS;
-    dot.count = form == OV_FLOATS ? width : width / 2;
-    if (form == OV_FLOATS) ov_dot_f32(&dot, rows);
-    else ov_dot_bf16(&dot, rows);
+/* ---------------------------------------------------------------------------------------------------------- values */
+
+/* Weights of `rows` rows times V of every sixteen keys of a chunk, of which keys [begin, end) are wanted; others are not
+ * even read where they fill a pair. */
+typedef struct {
+    OvDot weights; /* of the chunk's first key */
+    const void *const *values;
+    int64_t begin, end, width;
+    float *out; /* [rows][width] */
+} OvValues;
+
+/* Keys [begin, end) of sixteen, both even or of one pair. */
+OV_INLINE void ov_add_keys(const OvValues *v, int64_t group, int64_t begin, int64_t end, uint32_t mask, int64_t d,
+                           int first_row, V16 *sums, int rows, int num_vectors, OvForm form) {
+    const int64_t step = form == OV_FLOATS ? 1 : 2, size = form == OV_FLOATS ? 4 : 2; /* keys; bytes of an element */
+    const char *x = v->weights.x + first_row * v->weights.row_bytes + (group * OV_KEYS + begin) * (form == OV_PAIRS ? 2 : 4);
+    const char *vectors[4];
+    OV_UNROLL
+    for (int i = 0; i < num_vectors; i++)
+        vectors[i] = (const char *)v->values[group] + (begin * v->width + step * (d + 16 * i)) * size;
+    ov_dot(&v->weights, x, vectors, step * v->width * size, (end - begin) / step, mask, sums, rows, num_vectors, form);
 }
 
-/* Adds the values of keys [begin, end), of the sixteen at `values`, to rows of `out`; others are not even read where
- * they fill a pair. weights: of the first of the sixteen, a row of them every OV_CHUNK floats. */
-OV_INLINE void ov_add_values(const void *weights, const void *values, int64_t begin, int64_t end, int64_t width,
-                             float *out, int rows, OvForm form) {
-    OvDot dot = {.mask = UINT32_MAX, .out_stride = width, .add = 1};
-    if (form == OV_FLOATS) {
-        dot.x = (const float *)weights + begin;
-        dot.x_stride = OV_CHUNK;
-        dot.stride = width;
-        dot.count = end - begin;
-        for (int64_t d = 0; d < width; d += 16) {
-            dot.vectors = (const float *)values + begin * width + d;
-            dot.out = out + d;
-            ov_dot_f32(&dot, rows);
-        }
-        return;
+OV_INLINE void ov_value_vectors(const OvValues *v, int64_t d, int first_row, int rows, int num_vectors, OvForm form) {
+    V16 sums[16];
+    OV_UNROLL
+    for (int i = 0; i < num_vectors * rows; i++) sums[i] = v16_zero();
+    int64_t begin = v->begin;
+    if (form != OV_FLOATS && begin % 2 != 0) {
+        ov_add_keys(v, begin / OV_KEYS, begin % OV_KEYS - 1, begin % OV_KEYS + 1, 0xFFFF0000u, d, first_row, sums, rows,
+                    num_vectors, form);
+        begin++;
     }
-    dot.x_stride = form == OV_PAIRS ? 2 * OV_CHUNK : OV_CHUNK;
-    dot.stride = 2 * width;
+    const int64_t end = form == OV_FLOATS ? v->end : v->end & ~1;
     while (begin < end) {
-        dot.mask = begin % 2 ? 0xFFFF0000u : end - begin == 1 ? 0xFFFFu : UINT32_MAX;
-        int64_t pair = begin / 2;
-        dot.count = dot.mask == UINT32_MAX ? (end - begin) / 2 : 1;
-        dot.x = (const char *)weights + 2 * pair * (form == OV_PAIRS ? 2 : 4);
-        for (int64_t d = 0; d < width; d += 16) {
-            dot.vectors = (const uint16_t *)values + pair * 2 * width + 2 * d;
-            dot.out = out + d;
-            ov_dot_bf16(&dot, rows);
-        }
-        begin = 2 * (pair + dot.count);
+        const int64_t group = begin / OV_KEYS, base = group * OV_KEYS, until = ov_min(end, base + OV_KEYS);
+        ov_add_keys(v, group, begin - base, until - base, UINT32_MAX, d, first_row, sums, rows, num_vectors, form);
+        begin = until;
+    }
+    if (begin < v->end)
+        ov_add_keys(v, begin / OV_KEYS, begin % OV_KEYS, begin % OV_KEYS + 2, 0xFFFFu, d, first_row, sums, rows,
+                    num_vectors, form);
+    float *out = v->out + first_row * v->width + d;
+    OV_UNROLL
+    for (int i = 0; i < num_vectors; i++) {
+        OV_UNROLL
+        for (int r = 0; r < rows; r++) v16_store(out + r * v->width + 16 * i, sums[i * rows + r]);
     }
 }
+
+OV_INLINE void ov_value_rows(const OvValues *v, int first_row, int rows, OvForm form) {
+    int64_t d = 0;
+    for (; d + 16 * OV_VECTORS_FOR(rows) <= v->width; d += 16 * OV_VECTORS_FOR(rows))
+        ov_value_vectors(v, d, first_row, rows, OV_VECTORS_FOR(rows), form);
+    for (; d < v->width; d += 16) ov_value_vectors(v, d, first_row, rows, 1, form);
+}
+
+/* --------------------------------------------------------------------------------------------------- any number of rows */
+
+#if OV_MOST_ROWS == 8
+#define OV_MORE_ROWS(f, ...) \
+    case 7: f(__VA_ARGS__, 7, form); break; \
+    case 6: f(__VA_ARGS__, 6, form); break; \
+    case 5: f(__VA_ARGS__, 5, form); break; \
+    case 4: f(__VA_ARGS__, 4, form); break;
+#else
+#define OV_MORE_ROWS(f, ...)
+#endif
+#define OV_ALL_ROWS(f, product, rows) \
+    int first = 0; \
+    for (; first + OV_MOST_ROWS <= rows; first += OV_MOST_ROWS) f(product, first, OV_MOST_ROWS, form); \
+    switch (rows - first) { \
+        OV_MORE_ROWS(f, product, first) \
+    case 3: f(product, first, 3, form); break; \
+    case 2: f(product, first, 2, form); break; \
+    case 1: f(product, first, 1, form); break; \
+    default: break; \
+    }
+
+OV_INLINE void ov_score_keys(const OvScores *scores, int rows, OvForm form) { OV_ALL_ROWS(ov_score_rows, scores, rows) }
+OV_INLINE void ov_sum_values(const OvValues *values, int rows, OvForm form) { OV_ALL_ROWS(ov_value_rows, values, rows) }
 
 #endif

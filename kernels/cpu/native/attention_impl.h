@@ -116,7 +116,7 @@ OV_INLINE OvFetch ov_chunk_to_come(const OvItem *item, int64_t chunk, int which,
     for (int64_t block = (begin > base ? begin : base) / size; block * size < end; block++)
         fetch.stretches[fetch.count++] =
             ov_at(item->op->out2, ov_kv_offset(item->spec, item->table[block], which, item->head), bf16);
-    if (fetch.count == 0) fetch.bytes = 0;
+    fetch.together = ov_min(fetch.count, ov_memory_streams() == 1 ? 1 : OV_MOST_STRETCHES);
     return fetch;
 }
 
@@ -153,8 +153,6 @@ OV_INLINE void ov_chunk_scores(const OvItem *item, int64_t row, int rows, OvRang
     OvAttentionScratch *s = item->scratch;
     const char *q = (const char *)s->q + row * item->q_stride * (form == OV_PAIRS ? 2 : 4);
     int64_t first = keys.begin / OV_KEYS, last = ov_ceil_div(keys.end, OV_KEYS);
-    int64_t group_bytes = OV_KEYS * item->width * (form == OV_FLOATS ? 4 : 2);
-    (void)group_bytes;
 #ifdef OV_AMX
     if (form == OV_PAIRS) {
         for (int64_t g = first / 4 * 4; g < last; g += 4)
@@ -163,16 +161,13 @@ OV_INLINE void ov_chunk_scores(const OvItem *item, int64_t row, int rows, OvRang
         return;
     }
 #endif
-    for (int64_t g = first; g < last; g++) {
-        ov_fetch(item->values_to_come, group_bytes);
-        ov_score_keys(q, item->q_stride, item->keys[g], item->width, s->scores + g * OV_KEYS, rows, form);
-    }
+    const OvDot dot = {q, item->q_stride * (form == OV_PAIRS ? 2 : 4), item->values_to_come};
+    const OvScores scores = {dot, item->keys, first, last, item->width, s->scores};
+    ov_score_keys(&scores, rows, form);
 }
 
 OV_INLINE void ov_chunk_values(const OvItem *item, int rows, OvRange keys, OvForm form) {
     OvAttentionScratch *s = item->scratch;
-    int64_t group_bytes = OV_KEYS * item->width * (form == OV_FLOATS ? 4 : 2);
-    (void)group_bytes;
 #ifdef OV_AMX
     if (form == OV_PAIRS) {
         OvAmxValues v = {(const uint16_t *)s->scores, item->values, item->keys_to_come, keys.begin, keys.end,
@@ -181,14 +176,9 @@ OV_INLINE void ov_chunk_values(const OvItem *item, int rows, OvRange keys, OvFor
         return;
     }
 #endif
-    memset(s->part, 0, (size_t)(rows * item->width) * 4);
-    for (int64_t g = keys.begin / OV_KEYS; g * OV_KEYS < keys.end; g++) {
-        int64_t base = g * OV_KEYS, begin = keys.begin > base ? keys.begin - base : 0;
-        const char *weights = (const char *)s->scores + base * (form == OV_PAIRS ? 2 : 4);
-        ov_fetch(item->keys_to_come, group_bytes);
-        ov_add_values(weights, item->values[g], begin, ov_min(keys.end - base, OV_KEYS), item->width, s->part, rows,
-                      form);
-    }
+    const OvDot dot = {(const char *)s->scores, 4 * OV_CHUNK, item->keys_to_come};
+    const OvValues values = {dot, item->values, keys.begin, keys.end, item->width, s->part};
+    ov_sum_values(&values, rows, form);
 }
 
 /* Scores of `rows` rows from row `row` of the item become weights. A row that sees no key of the chunk has the sum 0. */

@@ -38,11 +38,25 @@ unsigned ov_cpu_supports(void) {
     const uint64_t ymm = 0x6, zmm = 0xe6, tiles = 0x60000;
     uint64_t saved = has(one, ECX, 27) ? saved_state() : 0;
     bool avx2 = (saved & ymm) == ymm && has(one, ECX, 12) && has(one, ECX, 29) && has(seven, EBX, 5);
+    bool avxvnni = avx2 && has(seven_one, EAX, 4);
     /* F, DQ, BW, VL, VNNI, BF16 */
     bool avx512 = avx2 && (saved & zmm) == zmm && has(seven, EBX, 16) && has(seven, EBX, 17) && has(seven, EBX, 30) &&
                   has(seven, EBX, 31) && has(seven, ECX, 11) && has(seven_one, EAX, 5);
     /* BF16, TILE, INT8 */
     bool amx = avx512 && (saved & tiles) == tiles && has(seven, EDX, 22) && has(seven, EDX, 24) &&
                has(seven, EDX, 25) && tiles_permitted();
-    return (unsigned)avx2 | (unsigned)avx512 << 1 | (unsigned)amx << 2;
+    return (unsigned)avx2 | (unsigned)avxvnni << 1 | (unsigned)avx512 << 2 | (unsigned)amx << 3;
+}
+
+int64_t ov_memory_streams(void) {
+    static _Atomic int known;
+    int streams = atomic_load_explicit(&known, memory_order_relaxed);
+    if (streams == 0) {
+        unsigned vendor[4] = {0};
+        read_leaf(0, 0, vendor);
+        const bool amd = vendor[EBX] == signature_AMD_ebx && vendor[ECX] == signature_AMD_ecx;
+        streams = amd ? 1 : 8;
+        atomic_store_explicit(&known, streams, memory_order_relaxed);
+    }
+    return streams;
 }

@@ -75,22 +75,52 @@ OV_INLINE const OvScales *scales_of(OvCoding form, const OvSegment *segment, con
 
 /* --------------------------------------------------------------------------------------------------------- codes */
 
-/* A line of codes (matrix.h): compilers make one or two registers of it. */
+/* A line of codes (matrix.h). */
+#ifdef OV_AVX512
 typedef uint32_t OvLine __attribute__((vector_size(64)));
+OV_INLINE OvLine line_load(const uint8_t *p) {
+    OvLine line;
+    memcpy(&line, p, sizeof line);
+    return line;
+}
+OV_INLINE OvLine line_right(OvLine line, int n) { return line >> n; }
+OV_INLINE OvLine line_left(OvLine line, int n) { return line << n; }
+OV_INLINE OvLine line_and(OvLine line, uint32_t mask) { return line & mask; }
+OV_INLINE OvLine line_or(OvLine a, OvLine b) { return a | b; }
+#else /* by hand: GCC takes vectors of 64 bytes through memory, eight bytes at a time */
+typedef struct {
+    __m256i half[2];
+} OvLine;
+OV_INLINE OvLine line_load(const uint8_t *p) {
+    return (OvLine){{_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)p + 1)}};
+}
+OV_INLINE OvLine line_right(OvLine a, int n) {
+    return (OvLine){{_mm256_srli_epi32(a.half[0], n), _mm256_srli_epi32(a.half[1], n)}};
+}
+OV_INLINE OvLine line_left(OvLine a, int n) {
+    return (OvLine){{_mm256_slli_epi32(a.half[0], n), _mm256_slli_epi32(a.half[1], n)}};
+}
+OV_INLINE OvLine line_and(OvLine a, uint32_t mask) {
+    const __m256i kept = _mm256_set1_epi32((int)mask);
+    return (OvLine){{_mm256_and_si256(a.half[0], kept), _mm256_and_si256(a.half[1], kept)}};
+}
+OV_INLINE OvLine line_or(OvLine a, OvLine b) {
+    return (OvLine){{_mm256_or_si256(a.half[0], b.half[0]), _mm256_or_si256(a.half[1], b.half[1])}};
+}
+#endif
 
 /* Codes of inputs 4 j to 4 j + 3 of all outputs, a byte each. */
-OV_INLINE void read_line(OvCoding form, const uint8_t *codes, int j, OvLine *to) {
+OV_INLINE OvLine read_line(OvCoding form, const uint8_t *codes, int j) {
     const uint32_t mask = ((1u << form.low_bits) - 1) * 0x01010101u;
-    OvLine line, high;
-    memcpy(&line, codes + 64 * (j % form.low_bits), sizeof line);
-    if (form.low_bits != 8) line = line >> (j / form.low_bits * form.low_bits) & mask;
+    OvLine line = line_load(codes + 64 * (j % form.low_bits));
+    if (form.low_bits != 8) line = line_and(line_right(line, j / form.low_bits * form.low_bits), mask);
     if (form.high_bits != 0) {
         const uint32_t high_mask = ((1u << form.high_bits) - 1) * 0x01010101u << form.low_bits;
         const int up = form.low_bits - j / form.high_bits * form.high_bits;
-        memcpy(&high, codes + 64 * (form.low_bits + j % form.high_bits), sizeof high);
-        line |= (up > 0 ? high << up : high >> -up) & high_mask;
+        const OvLine high = line_load(codes + 64 * (form.low_bits + j % form.high_bits));
+        line = line_or(line, line_and(up > 0 ? line_left(high, up) : line_right(high, -up), high_mask));
     }
-    *to = line;
+    return line;
 }
 
 OV_INLINE const uint8_t *step_codes(OvCoding form, const OvSegment *segment, const uint8_t *panel, int64_t step) {
@@ -147,7 +177,7 @@ OV_INLINE void quantised_tile_f32(OvCoding form, int bf16, const OvSegment *segm
     const uint8_t *codes = step_codes(form, segment, panel, step);
     OvLine bytes[8];
     OV_UNROLL
-    for (int j = 0; j < 8; j++) read_line(form, codes, j, &bytes[j]);
+    for (int j = 0; j < 8; j++) bytes[j] = read_line(form, codes, j);
     const int last = OV_STEP / form.group - 1; /* the group of the upper lanes */
     for (int output = 0; output < OV_PANEL; output++, to += OV_STEP) {
         V16 scale = v16_halves(scales->scale[0][output], scales->scale[last][output]);

@@ -28,7 +28,6 @@
 enum {
     OV_TILE_ROWS = 16,
     OV_MOST_ITEM_PANELS = 8,
-    OV_STREAMS = 8,           /* of memory, in which an item's panels are asked for */
     OV_THREAD_ITEMS = 6,      /* at least, where there are enough panels */
     OV_OWN_ROWS = 8,          /* up to so many rows every thread arranges its own copy: cheaper than a phase */
     OV_BLOCK_BYTES = 1 << 20, /* of arranged rows that are multiplied with a panel before the next panel's turn */
@@ -54,9 +53,9 @@ typedef struct {
 } Fetch;
 
 static Fetch fetch_of(const uint8_t *at, int64_t num_bytes, int64_t num_steps) {
-    const int64_t bytes = ov_ceil_div(num_bytes, 64 * OV_STREAMS) * 64;
-    Fetch fetch = {{.count = OV_STREAMS, .bytes = bytes}, ov_ceil_div(OV_STREAMS * bytes, num_steps)};
-    for (int i = 0; i < OV_STREAMS; i++) fetch.lines.stretches[i] = (const char *)at + i * bytes;
+    const int64_t streams = ov_memory_streams(), bytes = ov_ceil_div(num_bytes, 64 * streams) * 64;
+    Fetch fetch = {{.count = streams, .together = streams, .bytes = bytes}, ov_ceil_div(streams * bytes, num_steps)};
+    for (int64_t i = 0; i < streams; i++) fetch.lines.stretches[i] = (const char *)at + i * bytes;
     return fetch;
 }
 
@@ -226,18 +225,21 @@ static Panels panels_of(const Product *product, int64_t item) {
 
 static void multiply_panels(const Product *product, Panels panels, Panels next, int64_t first, int64_t last) {
     const OvSegment *segment = panels.segment;
-    const int64_t num_steps = product->matrix->num_steps;
+    const bool integers = in_integers(segment, product->type);
+    const int64_t at_once = integers ? OV_PANELS_AT_ONCE : 1, passes = integers ? fetching_passes(last - first) : 1;
     Fetch fetch = {0};
     if (next.count != 0)
         fetch = fetch_of(ov_panel(next.segment, next.panel), next.count * next.segment->panel_bytes,
-                         panels.count * num_steps);
-    if (in_integers(segment, product->type)) {
+                         ov_ceil_div(panels.count, at_once) * passes * product->matrix->num_steps);
+    if (integers) {
 #ifdef OV_AMX
         const bool tiles = last - first > OV_FEW_ROWS;
         if (tiles) tiles_for_integers();
 #endif
-        for (int i = 0; i < panels.count; i++)
-            OV_INTEGER_PANELS[segment->encoding](product, segment, panels.panel + i, first, last, &fetch);
+        for (int count, i = 0; i < panels.count; i += count) {
+            count = panels.count - i < OV_PANELS_AT_ONCE ? 1 : OV_PANELS_AT_ONCE;
+            OV_INTEGER_PANELS[segment->encoding](product, (Panels){segment, panels.panel + i, count}, first, last, &fetch);
+        }
 #ifdef OV_AMX
         if (tiles) tiles_enter();
 #endif

@@ -33,9 +33,8 @@ OV_INLINE void unpack_step(OvCoding form, const OvSegment *segment, const uint8_
     for (int group = 0; group < num_groups; group++, to += OV_UNPACKED_BYTES) {
         OV_UNROLL
         for (int j = 0; j < 8; j++) {
-            OvLine line;
-            read_line(form, codes, j, &line);
-            __m512i values = _mm512_sub_epi8((__m512i)line, _mm512_set1_epi8((char)form.zero));
+            const __m512i zero = _mm512_set1_epi8((char)form.zero);
+            __m512i values = _mm512_sub_epi8((__m512i)read_line(form, codes, j), zero);
             if (j / lines != group) values = _mm512_setzero_si512();
             _mm512_store_si512(to + 64 * j, values);
         }

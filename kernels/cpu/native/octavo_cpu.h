@@ -148,7 +148,7 @@ typedef void (*OvPlanner)(const OvOp *, const OvStep *, OvType, int num_threads,
 
 /* What one instruction set offers. A phase starts when all threads have left the one before. */
 typedef struct {
-    const char *name; /* "avx2" | "avx512" | "amx" */
+    const char *name; /* "avx2" | "avxvnni" | "avx512" | "amx" */
     OvPhase phases[OV_NUM_KINDS][OV_MAX_PHASES]; /* NULL from the first unused one on */
     OvPlanner plans[OV_NUM_KINDS]; /* NULL: a plan of zeros */
     void (*thread_enter)(void);    /* in every thread before its first phase (the caller: of every run). amx: all eight
@@ -156,6 +156,9 @@ typedef struct {
     void (*thread_leave)(void);    /* in the caller after every run, so that others find its tiles free; or NULL */
     size_t scratch_bytes;          /* for every thread, at least */
 } OvKernels;
+
+/* In how many streams memory is best asked for (fetch_impl.h); cpu_features.c. */
+int64_t ov_memory_streams(void);
 
 static inline int64_t ov_num_rows(const OvOp *op, const OvStep *step) {
     return op->rows == OV_LOGITS ? step->num_logits : step->num_tokens;

@@ -9,6 +9,9 @@
 #ifdef OV_HAVE_AVX2
 extern const OvKernels ov_kernels_avx2;
 #endif
+#ifdef OV_HAVE_AVXVNNI
+extern const OvKernels ov_kernels_avxvnni;
+#endif
 #ifdef OV_HAVE_AVX512
 extern const OvKernels ov_kernels_avx512;
 #endif
@@ -16,17 +19,22 @@ extern const OvKernels ov_kernels_avx512;
 extern const OvKernels ov_kernels_amx;
 #endif
 
+enum { OV_NUM_ISAS = 4 };
+
 static const OvKernels *const KNOWN[] = {
 #ifdef OV_HAVE_AVX2
     [0] = &ov_kernels_avx2,
 #endif
+#ifdef OV_HAVE_AVXVNNI
+    [1] = &ov_kernels_avxvnni,
+#endif
 #ifdef OV_HAVE_AVX512
-    [1] = &ov_kernels_avx512,
+    [2] = &ov_kernels_avx512,
 #endif
 #ifdef OV_HAVE_AMX
-    [2] = &ov_kernels_amx,
+    [3] = &ov_kernels_amx,
 #endif
-    [3] = NULL,
+    [OV_NUM_ISAS] = NULL,
 };
 
 struct OvContext {
@@ -53,13 +61,13 @@ typedef struct {
 
 unsigned ov_supported(void) {
     unsigned compiled = 0;
-    for (int i = 0; i < 3; i++) compiled |= (unsigned)(KNOWN[i] != NULL) << i;
+    for (int i = 0; i < OV_NUM_ISAS; i++) compiled |= (unsigned)(KNOWN[i] != NULL) << i;
     return compiled & ov_cpu_supports();
 }
 
 static const OvKernels *find_kernels(const char *isa) {
     unsigned supported = ov_supported();
-    for (int i = 2; i >= 0; i--) {
+    for (int i = OV_NUM_ISAS - 1; i >= 0; i--) {
         bool wanted = isa == NULL || isa[0] == 0 || (KNOWN[i] != NULL && strcmp(isa, KNOWN[i]->name) == 0);
         if (wanted && (supported >> i & 1)) return KNOWN[i];
     }

@@ -17,13 +17,13 @@ typedef enum {
 typedef struct OvContext OvContext;
 
 typedef struct {
-    const char *isa; /* "avx2" | "avx512" | "amx" */
+    const char *isa; /* "avx2" | "avxvnni" | "avx512" | "amx" */
     int32_t num_threads;
     int32_t type;          /* OvType */
     int64_t scratch_bytes; /* held for all threads together, the shared part included */
 } OvInfo;
 
-/* Which instruction sets work here: bit 0 avx2, 1 avx512, 2 amx. */
+/* Which instruction sets work here: bit 0 avx2, 1 avxvnni, 2 avx512, 3 amx. */
 OV_EXPORT unsigned ov_supported(void);
 
 /* isa NULL or "": the best. num_threads counts the thread that will call ov_run. */

@@ -20,8 +20,9 @@ from octavo.server.plan_report import expected_ready, serve_command
 
 def planned(model: str, **settings: str) -> tuple[Any, list[str]]:
     values = resolve_options({**settings, "model": model}, {})
-    request, _ = plan_request(values, memory=2**32, context=None, concurrency=None)
-    plan = plan_model(read_header(model, values["model_impl"]), request)
+    header = read_header(model, values["model_impl"])
+    request, _ = plan_request(values, header.spec, memory=2**32, context=None, concurrency=None)
+    plan = plan_model(header, request)
     return expected_ready(plan, values), serve_command(plan, values)[2:]
 
 
