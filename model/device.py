@@ -33,8 +33,8 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_dtype(name: str, device: torch.device, kernel_backend: str, spec: ModelSpec) -> torch.dtype:
     """ "auto" is bfloat16 where the device multiplies it natively, and where the native CPU kernels compute the whole
-    model: with it they multiply quantised weights as the integers that they are, on any instruction set. Else float32.
-    Raises ModelError for the unknown."""
+    model: with it they multiply quantised weights as the integers that they are, on any instruction set, and dense ones
+    as fast as in float32. Else float32. Raises ModelError for the unknown."""
     if name == "auto":
         native = family_note(spec) is None and has_cpu_kernels(kernel_backend, device, spec.head_dim)
         return torch.bfloat16 if native or _has_native_bfloat16(device) else torch.float32

@@ -143,8 +143,8 @@ OPTIONS: tuple[Option, ...] = (
         _choice("auto", "float32", "bfloat16", "float16"),
         "auto",
         "TYPE",
-        "activations and K/V: auto | float32 | bfloat16 | float16; auto is bfloat16 on GPUs that multiply it "
-        "natively and where the native CPU kernels run, else float32",
+        "activations and K/V: auto | float32 | bfloat16 | float16; auto is bfloat16 where the device multiplies it "
+        "natively or the native CPU kernels compute the whole model, else float32",
         "model",
     ),
     Option(

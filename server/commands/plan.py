@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..options import ENV_PREFIX, OPTIONS, OptionError, add_group, given, parse_size, resolve_options
 
 if TYPE_CHECKING:
+    import torch
+
     from ...model.plan import PlanRequest
     from ...model.spec import ModelSpec
     from . import Subcommands
@@ -96,6 +98,7 @@ def _plan(
     from ...model.plan import plan_model
     from ..plan_report import print_json, print_report
 
+    _device(values, memory)  # what is wrong with it is said before anything is fetched
     header = read_header(values["model"], values["model_impl"])
     request, notes = plan_request(values, header.spec, memory, context, concurrency)
     plan = plan_model(header, request)
@@ -104,21 +107,30 @@ def _plan(
     return 0 if plan.header.refusal is None else 1
 
 
+def _device(values: Mapping[str, Any], memory: int | None) -> tuple[torch.device, bool]:
+    """Which one is planned for, and whether it is absent here. Raises OptionError."""
+    import torch
+
+    from ...model.device import resolve_device
+
+    absent = values["device"] == "cuda" and not torch.cuda.is_available()
+    if absent and memory is None:
+        raise OptionError("--device cuda: this machine has none to look at; give its memory, such as --memory 24GiB")
+    return torch.device("cuda") if absent else resolve_device(values["device"]), absent
+
+
 def plan_request(
     values: Mapping[str, Any], spec: ModelSpec, memory: int | None, context: int | None, concurrency: int | None
 ) -> tuple[PlanRequest, tuple[str, ...]]:
     """The request, and what a user should know of how it came about. Raises OptionError."""
     import torch
 
-    from ...model.device import resolve_device, resolve_dtype
+    from ...model.device import resolve_dtype
     from ...model.memory import DEFAULT_BATCHED_TOKENS, FreeMemory, free_memory
     from ...model.plan import PlanRequest
 
     notes: tuple[str, ...] = ()
-    absent = values["device"] == "cuda" and not torch.cuda.is_available()
-    if absent and memory is None:
-        raise OptionError("--device cuda: this machine has none to look at; give its memory, such as --memory 24GiB")
-    device = torch.device("cuda") if absent else resolve_device(values["device"])
+    device, absent = _device(values, memory)
     if absent and values["dtype"] == "auto":
         dtype = torch.bfloat16
         notes = ("dtype auto is taken for bfloat16, as on CUDA devices from compute capability 8.0 on",)

@@ -45,17 +45,17 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "kernel_backend", "dtype"),
+    ("flags", "dtype"),
     [
-        ({"avx2"}, "reference", torch.float32),
-        ({"avx2", "avx512_bf16"}, "reference", torch.bfloat16),
-        ({"amx_bf16"}, "reference", torch.bfloat16),
-        (set(), "reference", torch.float32),
+        ({"avx2"}, torch.float32),
+        ({"avx2", "avx512_bf16"}, torch.bfloat16),
+        ({"amx_bf16"}, torch.bfloat16),
+        (set(), torch.float32),
     ],
 )
-def test_auto_dtype_follows_the_instruction_sets(monkeypatch, flags, kernel_backend, dtype):
+def test_auto_dtype_of_plain_torch_follows_the_instruction_sets(monkeypatch, flags, dtype):
     monkeypatch.setattr(device_module, "_cpu_flags", lambda: frozenset(flags))
-    assert resolve_dtype("auto", CPU, kernel_backend, SPEC) is dtype
+    assert resolve_dtype("auto", CPU, "reference", SPEC) is dtype
 
 
 @pytest.mark.skipif(not supported_isas(), reason="no native library for this machine")
@@ -63,8 +63,8 @@ def test_auto_dtype_follows_the_instruction_sets(monkeypatch, flags, kernel_back
     ("changes", "dtype"),
     [
         ({}, torch.bfloat16),
-        ({"head_dim": 20}, torch.float32),  # attention then is plain torch's
-        ({"transformers_config": "{}"}, torch.float32),  # and so are products
+        ({"head_dim": 20}, torch.float32),  # plain torch computes it
+        ({"transformers_config": "{}"}, torch.float32),  # transformers' code computes it
     ],
 )
 def test_auto_dtype_is_bfloat16_where_native_kernels_compute_the_model(monkeypatch, changes, dtype):

@@ -1,5 +1,5 @@
-/* All operators, compiled for the instruction set of the isa_*.c that includes this. OV_AVX512 and OV_AMX say what it
- * has beyond AVX2. The names of operators' functions are the same in all of them, because everything is static. */
+/* All operators, compiled for the instruction set of the isa_*.c that includes this. OV_AVX512, OV_AMX and the
+ * compiler's __AVXVNNI__ say what it has beyond AVX2. The names of operators' functions are the same in all of them, because everything is static. */
 #include "octavo_cpu.h"
 #include "vec.h"
 

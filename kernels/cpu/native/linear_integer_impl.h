@@ -10,7 +10,8 @@ enum {
     OV_RECORD_ROWS = 16,    /* of a record, at most */
     OV_FEW_ROWS = 10,       /* up to so many are better off without tiles */
     OV_ROW_LARGEST = 127,
-    /* Rows share the work of taking codes apart, panels that of reading numbers; their sums fit registers. */
+    /* Rows share the work of taking codes apart, panels that of reading numbers; more of either was no faster, for want
+     * of registers. */
 #ifdef OV_AMX
     OV_ROWS_AT_ONCE = 8,
     OV_PANELS_AT_ONCE = 1,
@@ -326,7 +327,7 @@ typedef void (*IntegerPanels)(const Product *, Panels, int64_t row, int64_t last
                                                         int64_t last, Fetch *fetch) { \
         const OvCoding form = OV_CODINGS[OV_ENC_##name]; \
         const Panels one = {panels.segment, panels.panel, 1}, all = {panels.segment, panels.panel, OV_PANELS_AT_ONCE}; \
-        if (panels.count == 1) integer_panels_of(form, product, one, row, last, fetch); \
+        if (OV_PANELS_AT_ONCE == 1 || panels.count == 1) integer_panels_of(form, product, one, row, last, fetch); \
         else integer_panels_of(form, product, all, row, last, fetch); \
     }
 OV_INTEGER_PANELS_OF(Q4_0)

@@ -78,7 +78,7 @@ def test_dense_products_of_any_shape(
 
 @pytest.mark.parametrize("encoding", ["BF16", "Q4_1", "Q8_0", "Q6_K"])
 def test_bits_do_not_depend_on_threads_or_blocks_of_rows(native: NativeContext, encoding: str) -> None:
-    weight = random_weight(encoding, 176, 1536)
+    weight = random_weight(encoding, 400, 1536)
     x = rows(native, 700, 1536)  # more than one block of rows
     isa = native.info().isa.decode()
     matrix = pack_matrix([weight], native)
