@@ -69,6 +69,15 @@ typedef struct {
 } Panels;
 
 OV_INLINE void finish_row(const Product *, const OvSegment *, int64_t panel, int64_t row, V16 sums);
+
+/* Asks for the line that finish_row will write. Writes become visible in their order, so one that has to wait for its
+ * line holds up those behind it: a step of 32 rows took 1.08 times as long without (Zen 5). */
+OV_INLINE void fetch_output(const Product *product, const OvSegment *segment, int64_t panel, int64_t row) {
+    const OvOp *op = product->op;
+    const int64_t at = row * op->stride_out + segment->first_output + panel * OV_PANEL;
+    _m_prefetchw((char *)op->out + at * (product->type == OV_F32 || op->n[0] == 1 ? 4 : 2));
+}
+
 #include "linear_integer_impl.h"
 
 /* Which forms of the rows a matrix is multiplied with. */

@@ -244,7 +244,10 @@ OV_INLINE void integer_rows_of(OvCoding form, const Product *product, Panels pan
         place.panel[p] = ov_panel(panels.segment, panels.panel + p);
         place.codes[p] = step_codes(form, panels.segment, place.panel[p], 0);
         OV_UNROLL
-        for (int r = 0; r < count; r++) sums[p][r] = v16_zero();
+        for (int r = 0; r < count; r++) {
+            sums[p][r] = v16_zero();
+            fetch_output(product, panels.segment, panels.panel + p, rows->row + r);
+        }
     }
     for (; place.step < product->matrix->num_steps; place.step++, record += rows->shape.bytes) {
         fetch_step(fetch);
