@@ -64,7 +64,7 @@ aot: install-dev  ## Compile the GPU kernels for sm_80, 90 and 100, without a GP
 	$(BIN)/python bench/aot.py $(ARGS)
 
 sanitize: install-dev  ## The native library's tests under the address and undefined-behaviour sanitizers
-	OCTAVO_NATIVE_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1" \
+	OCTAVO_NATIVE_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -fno-var-tracking -O1" \
 		$(BIN)/python setup.py --quiet build_ext --build-temp build/sanitized --build-lib build/sanitized/lib --force
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so) $$($(CC) -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 \
 		OCTAVO_CPU_LIBRARY="$$(find $(CURDIR)/build/sanitized/lib -name '_native*.so')" \
