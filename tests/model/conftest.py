@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ from octavo.scheduler.batch import ScheduledBatch, ScheduledRow
 from octavo.scheduler.sampling_params import SamplingParams
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM as TransformersLlama
+
+sys.path.append(str(Path(__file__).parent))
 
 GREEDY = SamplingParams(temperature=0.0)
 

@@ -10,23 +10,10 @@ import torch
 from octavo.model import memory
 from octavo.model.kv_cache import allocate_pools, bytes_per_block, layers_of
 from octavo.model.memory import CachePlan, CacheRequest, PoolPlan, is_out_of_memory, plan_cache
-from octavo.model.spec import ModelError, ModelSpec, RopeSpec
+from octavo.model.spec import ModelError
+from small_spec import SPEC
 
 CPU = torch.device("cpu")
-SPEC = ModelSpec(
-    architecture="LlamaForCausalLM",
-    vocab_size=1000,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    rms_norm_eps=1e-5,
-    rope=RopeSpec(rotary_dim=16),
-    max_position_embeddings=1024,
-    tie_word_embeddings=True,
-)
 BLOCK_BYTES = 2 * 3 * 2 * 16 * 16 * 4
 
 

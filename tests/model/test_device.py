@@ -9,23 +9,10 @@ import torch
 from octavo.kernels.cpu.library import supported_isas
 from octavo.model import device as device_module
 from octavo.model.device import resolve_device, resolve_dtype
-from octavo.model.spec import ModelError, ModelSpec, RopeSpec
+from octavo.model.spec import ModelError
+from small_spec import SPEC
 
 CPU = torch.device("cpu")
-SPEC = ModelSpec(
-    architecture="LlamaForCausalLM",
-    vocab_size=1000,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    rms_norm_eps=1e-5,
-    rope=RopeSpec(rotary_dim=16),
-    max_position_embeddings=1024,
-    tie_word_embeddings=True,
-)
 
 
 def test_auto_takes_cuda_where_torch_finds_it(monkeypatch):

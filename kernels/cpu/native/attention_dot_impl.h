@@ -1,7 +1,7 @@
 /* The two products of attention in vector registers: q . k for sixteen keys in lanes, and weights . V for sixteen
  * dimensions in lanes. Up to eight rows share each load of K and V, and with AVX-512 they take two vectors of them at once,
- * or four where they are few: with fewer sums under way each would wait for its last product. Every row is summed in the same order, dimensions or keys one after
- * another, so it does not matter which rows these are.
+ * or four where they are few: with fewer sums under way each would wait for its last product. Every row is summed in the
+ * same order, dimensions or keys one after another, so it does not matter which rows these are.
  */
 #ifndef OCTAVO_ATTENTION_DOT_IMPL_H
 #define OCTAVO_ATTENTION_DOT_IMPL_H

@@ -1,11 +1,11 @@
 /* Asking memory for what will be read while something else is computed.
  *
  * How much comes at once depends on how lines are asked for. Mostly they are from several stretches in turn: what reads
- * ahead in the processor does so a page at a time, and, on Intel, several pages at once (two threads of a Sapphire Rapids read 13
- * to 19 GB/s in one stream each, 24 to 32 in four). On AMD (by its vendor string; the
- * rest counts as Intel) they are in order: few lines that a program asks for are under
- * way at a time, and what the processor adds on its own, seeing them in order, makes the difference (two threads of a
- * Zen 5 read 27 GB/s in eight streams each, 34 in one; 47 without asking, where nothing is computed meanwhile). */
+ * ahead in the processor does so a page at a time and, on Intel, several pages at once (two threads of a Sapphire Rapids
+ * read 13 to 19 GB/s in one stream each, 24 to 32 in four). On AMD (by its vendor string; the rest counts as Intel) they
+ * are in order: few lines that a program asks for are under way at a time, and what the processor adds on its own,
+ * seeing them in order, makes the difference (two threads of a Zen 5 read 27 GB/s in eight streams each, 34 in one; 47
+ * without asking, where nothing is computed meanwhile). */
 #ifndef OCTAVO_FETCH_IMPL_H
 #define OCTAVO_FETCH_IMPL_H
 
