@@ -17,7 +17,6 @@ from ..sse import DONE, event, json_string
 from .generate import FirstOutput, Generation, failure
 from .logprobs import LogprobsFormatter
 from .protocol import GenerationRequest
-from .results import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ class Chunks(ABC):
     def chunk(self, choice: str) -> str:
         """One chunk around a rendered choice."""
         if self._continuous_usage:
-            tail = f',"usage":{_compact(self._generation.usage())}}}\n\n'
+            tail = f',"usage":{self._generation.usage_json()}}}\n\n'
             return f'{self._head},"choices":[{choice}]{tail}'
         return f'{self._head},"choices":[{choice}]{self._tail}'
 
@@ -88,8 +87,7 @@ class Chunks(ABC):
             yield event(from_request_error(failure(error)).body())
             return
         if self._include_usage:
-            usage = _compact(self._generation.usage())
-            yield f'{self._head},"choices":[],"usage":{usage}}}\n\n'.encode()
+            yield f'{self._head},"choices":[],"usage":{self._generation.usage_json()}}}\n\n'.encode()
         yield DONE
 
 
@@ -169,7 +167,3 @@ class CompletionChunks(Chunks):
             f'{{"index":{delta.index},"text":{json_string(delta.text)},"logprobs":{logprobs},'
             f'"finish_reason":{finish}{self.token_ids(delta)}}}'
         )
-
-
-def _compact(usage: Usage) -> str:
-    return usage.model_dump_json()

@@ -106,12 +106,18 @@ class Generation:
 
     def usage(self) -> Usage:
         """Tokens so far, over all prompts; a prompt counts once, however many samples it has."""
+        return Usage.of(**self._num_tokens())
+
+    def usage_json(self) -> str:
+        return Usage.json_of(**self._num_tokens())
+
+    def _num_tokens(self) -> dict[str, int]:
         texts = [stream.text for stream in self._streams]
-        return Usage.of(
-            prompt=sum(text.num_prompt_tokens for text in texts),
-            completion=sum(text.num_completion_tokens for text in texts),
-            cached=sum(text.num_cached_tokens for text in texts),
-        )
+        return {
+            "prompt": sum([text.num_prompt_tokens for text in texts]),
+            "completion": sum([text.num_completion_tokens for text in texts]),
+            "cached": sum([text.num_cached_tokens for text in texts]),
+        }
 
     async def collect(self) -> list[Choice]:
         """Every choice, complete, in order of index."""

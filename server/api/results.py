@@ -38,6 +38,14 @@ class Usage(Result):
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
         )
 
+    @staticmethod
+    def json_of(*, prompt: int, completion: int, cached: int) -> str:
+        """`Usage.of(...)` as JSON, for chunks: a stream may ask for it with every token."""
+        return (
+            f'{{"prompt_tokens":{prompt},"completion_tokens":{completion},"total_tokens":{prompt + completion},'
+            f'"prompt_tokens_details":{{"cached_tokens":{cached}}},"completion_tokens_details":{{"reasoning_tokens":0}}}}'
+        )
+
 
 class TopLogprob(Result):
     token: str

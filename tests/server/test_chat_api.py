@@ -65,6 +65,7 @@ async def test_stream_usage_comes_last_and_is_null_before(http: httpx.AsyncClien
     assert all(chunk["usage"] is None for chunk in chunks)
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == 12
+    assert last["usage"] == (await http.post(URL, json=chat())).json()["usage"]
 
 
 async def test_continuous_usage_counts_up(http: httpx.AsyncClient) -> None:
