@@ -112,8 +112,9 @@ class NoForward:
 
     def __init__(self, max_num_seqs: int) -> None:
         recorder: Any = SimpleNamespace(token_ids=torch.zeros(max_num_seqs), plans=[None], ops=[])
-        context: Any = SimpleNamespace(run=lambda ops, step: None)
-        self.decode = DecodeProgram(context, recorder, torch.zeros(max_num_seqs, VOCAB)).run
+        context: Any = SimpleNamespace(start=lambda ops, step: None, finish=lambda: None)
+        program = DecodeProgram(context, recorder, torch.zeros(max_num_seqs, VOCAB))
+        self.start_decode, self.finish_decode = program.start, program.finish
 
 
 class CpuHost:
@@ -127,7 +128,7 @@ class CpuHost:
         self._sampler = Sampler(VOCAB, CPU, as_drawing_backend(select_backend("auto", CPU, torch.bfloat16, 64)))
         self._logits = torch.rand(max_num_seqs, VOCAB, generator=torch.Generator().manual_seed(0))
         steps: Any = NoForward(max_num_seqs)
-        self._direct = watch.timed("decode", DirectDecode(steps, self._sampler, self._tables, BLOCK_SIZE).run)
+        self._direct = watch.timed("decode", DirectDecode(steps, self._sampler, self._tables, BLOCK_SIZE).launch)
         self._build = watch.timed("build inputs", build_forward_batch)
         self._sample = watch.timed("sampling", self._draw)
 
@@ -136,8 +137,7 @@ class CpuHost:
     def release(self, seq_ids: Sequence[str]) -> None: ...
 
     def launch(self, batch: ScheduledBatch) -> PendingStep:
-        sampled = self._direct(batch)
-        return StepResult(sampled) if sampled is not None else self._launch(batch)
+        return self._direct(batch) or self._launch(batch)
 
     @torch.inference_mode()
     def _launch(self, batch: ScheduledBatch) -> PendingStep:

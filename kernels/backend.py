@@ -132,9 +132,13 @@ class RecordedSteps(Protocol):
         self, token_ids: torch.Tensor, plans: tuple[Any, ...], logits_indices: torch.Tensor
     ) -> torch.Tensor: ...
 
-    def decode(self, rows: DecodeRows, parameters: DrawParameters) -> list[int]:
-        """Run the rows and draw a token for each from its logits as they are, as `DrawingBackend.draw` does; -1 for a
-        row with a NaN."""
+    def start_decode(self, rows: DecodeRows, parameters: DrawParameters) -> None:
+        """Run the rows and draw a token for each from its logits as they are, as `DrawingBackend.draw` does. Tables and
+        parameters stay as they are until `finish_decode`, and nothing else is run."""
+        ...
+
+    def finish_decode(self) -> list[int]:
+        """Wait for what was started: the tokens; -1 for a row with a NaN."""
         ...
 
 

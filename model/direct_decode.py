@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..kernels.backend import DecodeRows, DrawParameters, RecordedSteps
-from ..scheduler.batch import SampledRow, ScheduledBatch
+from ..scheduler.batch import PendingStep, ScheduledBatch, StepResult
 from .block_tables import BlockTables
 from .drawn import sampled_rows
 from .sampler import Sampler
@@ -26,8 +28,9 @@ class DirectDecode:
         self._may_edit = False
         """Whether rows of these parameters may ever ask for more than to be drawn."""
 
-    def run(self, batch: ScheduledBatch) -> list[SampledRow] | None:
-        """None, and nothing is done, for another kind of batch. Raises FloatingPointError if a row's logits are NaN."""
+    def launch(self, batch: ScheduledBatch) -> PendingStep | None:
+        """Start the batch. None, and nothing is done, for another kind of it."""
+        started = time.perf_counter()
         if not batch.only_decodes:
             return None
         rows = batch.rows
@@ -53,4 +56,19 @@ class DirectDecode:
             table_rows=[tables.update(rows) for tables in self._block_tables],
             block_tables=[tables.array for tables in self._block_tables],
         )
-        return sampled_rows([row.seq_id for row in rows], self._steps.decode(decodes, parameters))
+        self._steps.start_decode(decodes, parameters)
+        return _RunningDecodes(self._steps, [row.seq_id for row in rows], time.perf_counter() - started)
+
+
+@dataclass(slots=True)
+class _RunningDecodes:
+    """A `PendingStep`: other threads are at work, and whoever asks for the result works along."""
+
+    _steps: RecordedSteps
+    _seq_ids: list[str]
+    _launch_seconds: float
+
+    def result(self) -> StepResult:
+        started = time.perf_counter()
+        sampled = sampled_rows(self._seq_ids, self._steps.finish_decode())
+        return StepResult(sampled, self._launch_seconds + time.perf_counter() - started)

@@ -265,16 +265,19 @@ class ModelRunner:
     def launch(self, batch: ScheduledBatch) -> PendingStep:
         """One forward pass over all scheduled tokens of all rows, then a token for each row that draws.
 
-        Returns when the work is queued; on a CPU that is when it is done.
+        Returns when the work is queued. On a CPU other threads may have begun with it; this one works where the result
+        is asked for, so that there is time before for what must not wait.
         """
-        started = time.perf_counter()
-        sampled = self._direct.run(batch) if self._direct is not None else None
-        if sampled is not None:
-            return StepResult(sampled, time.perf_counter() - started)
-        return self._launch_any(batch, started)
+        running = self._direct.launch(batch) if self._direct is not None else None
+        if running is not None:
+            return running
+        if self.runs_ahead:
+            return self._launch_any(batch)
+        return ComingStep(lambda: self._launch_any(batch))
 
     @torch.inference_mode()
-    def _launch_any(self, batch: ScheduledBatch, started: float) -> PendingStep:
+    def _launch_any(self, batch: ScheduledBatch) -> PendingStep:
+        started = time.perf_counter()
         drawn = self._launch(batch) if batch.rows else None
         queued = None
         if self._device.type == "cuda":
@@ -333,6 +336,16 @@ class ModelRunner:
         else:
             self._step = step
             self._direct = DirectDecode(step, self._sampler, self._block_tables, self.block_size)
+
+
+@dataclass(slots=True)
+class ComingStep:
+    """A step that runs when its result is asked for; a `PendingStep`."""
+
+    _launch: Callable[[], PendingStep]
+
+    def result(self) -> StepResult:
+        return self._launch().result()
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Sequence
 from enum import IntEnum
 from types import TracebackType
@@ -152,7 +153,10 @@ def load_library() -> ctypes.CDLL | None:
     library.ov_destroy.restype = None
     library.ov_info.argtypes = [pointer, ctypes.POINTER(Info)]
     library.ov_info.restype = None
-    library.ov_run.argtypes = [pointer, pointer, ctypes.c_int64, ctypes.POINTER(Step)]
+    for run in (library.ov_run, library.ov_start):
+        run.argtypes = [pointer, pointer, ctypes.c_int64, ctypes.POINTER(Step)]
+    library.ov_finish.argtypes = [pointer]
+    library.ov_finish.restype = None
     return library
 
 
@@ -182,6 +186,7 @@ class NativeContext:
         self.library = library
         self.dtype = dtype
         self._handle = ctypes.c_void_p()
+        self._started_by: int | None = None
         name = isa or os.environ.get("OCTAVO_CPU_ISA") or ""
         working_type = 1 if dtype is torch.bfloat16 else 0
         self.check(library.ov_create(name.encode(), num_threads, working_type, ctypes.byref(self._handle)), name)
@@ -201,10 +206,31 @@ class NativeContext:
     def run(self, ops: ctypes.Array[Op] | Sequence[Op], step: Step) -> None:
         """Run the operators in order. Whatever their pointers name must live until this returns."""
         array = ops if isinstance(ops, ctypes.Array) else (Op * len(ops))(*ops)
+        self._check_idle()
         self.check(self.library.ov_run(self.handle, array, len(array), ctypes.byref(step)))
+
+    def start(self, ops: ctypes.Array[Op], step: Step) -> None:
+        """`run` in two parts: the other threads of the team begin at once, this one joins them in `finish`. Until then
+        everything that is named must live and stay as it is. Raises RuntimeError if this thread has to finish first."""
+        self._check_idle()
+        self.check(self.library.ov_start(self.handle, ops, len(ops), ctypes.byref(step)))
+        self._started_by = threading.get_ident()
+
+    def finish(self) -> None:
+        """Work along, and wait for the end. Raises RuntimeError if this thread has started nothing."""
+        if self._started_by != threading.get_ident():
+            raise RuntimeError("this thread has started nothing")
+        self._started_by = None
+        self.library.ov_finish(self.handle)
+
+    def _check_idle(self) -> None:
+        if self._started_by == threading.get_ident():  # it would wait for itself
+            raise RuntimeError("what was started before has not been finished")
 
     def close(self) -> None:
         """End the threads. Harmless a second time."""
+        if self._started_by == threading.get_ident():
+            self.finish()
         handle, self._handle = self._handle, ctypes.c_void_p()
         if handle:
             self.library.ov_destroy(handle)

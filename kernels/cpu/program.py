@@ -164,9 +164,12 @@ class RecordedStep:
         self._context.run(self._ops, step)
         return self._logits[:num_logits]
 
-    def decode(self, rows: DecodeRows, parameters: DrawParameters) -> list[int]:
+    def start_decode(self, rows: DecodeRows, parameters: DrawParameters) -> None:
         """Raises ValueError for more rows than was recorded for."""
-        return self._decode.run(rows, parameters)
+        self._decode.start(rows, parameters)
+
+    def finish_decode(self) -> list[int]:
+        return self._decode.finish()
 
 
 class DecodeProgram:
@@ -200,7 +203,7 @@ class DecodeProgram:
         draw.out, draw.n[0] = self._drawn.ctypes.data, logits.shape[1]
         self._ops = (Op * (len(recorder.ops) + 1))(*recorder.ops, draw)
 
-    def run(self, rows: DecodeRows, parameters: DrawParameters) -> list[int]:
+    def start(self, rows: DecodeRows, parameters: DrawParameters) -> None:
         count = len(rows.token_ids)
         if count > self._max_rows:
             raise ValueError(f"a step of {count} decodes is larger than what was recorded")
@@ -219,6 +222,9 @@ class DecodeProgram:
             self._ops[-1].weight = ctypes.addressof(self._wanted)
         step = self._step
         step.num_tokens = step.num_logits = step.num_rows = step.num_decode_rows = count
-        self._context.run(self._ops, step)
-        drawn: list[int] = self._drawn[:count].tolist()
+        self._context.start(self._ops, step)
+
+    def finish(self) -> list[int]:
+        self._context.finish()
+        drawn: list[int] = self._drawn[: self._step.num_tokens].tolist()
         return drawn

@@ -54,16 +54,18 @@ class EngineCore:
     def abort(self, request_id: str, sample_index: int | None = None) -> None:
         self.scheduler.abort(request_id, sample_index)
 
-    def step(self) -> StepOutput:
-        """Take in one step, while a runner that can runs the next. Raises EngineFailure when nothing can be computed
-        any more."""
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> StepOutput:
+        """Take in one step, while a runner that can runs the next. `meanwhile` is called when everything that can has
+        been started. Raises what it raises, or EngineFailure when nothing can be computed any more."""
         started = time.perf_counter()
-        current = self._ahead or self._launch()
+        launches = [] if self._ahead else [self._launch()]
+        current = self._ahead or launches[0]
         self._ahead = None
         if self._execution.runner.runs_ahead and current.batch.rows:
-            ahead = self._launch()
-            self._ahead = ahead if ahead.batch.rows else None
-        launched = time.perf_counter()
+            launches.append(self._launch())
+            self._ahead = launches[-1] if launches[-1].batch.rows else None
+        schedule_seconds = time.perf_counter() - started - sum(launched.seconds for launched in launches)
+        self._spend(meanwhile, current)
         result = self._result(current)
         executed = time.perf_counter()
         outputs, self._outputs = self._outputs, []
@@ -72,12 +74,23 @@ class EngineCore:
             outputs=outputs,
             stats=self.stats(
                 num_scheduled_tokens=current.batch.num_tokens,
-                schedule_seconds=max(0.0, launched - started - result.forward_seconds),
+                schedule_seconds=schedule_seconds,
                 forward_seconds=result.forward_seconds,
                 sample_seconds=result.sample_seconds,
                 update_seconds=time.perf_counter() - executed,
             ),
         )
+
+    def _spend(self, meanwhile: Callable[[], None], current: Launched) -> None:
+        """Do something else while steps run. If that fails, they are waited for: threads may be at work on them."""
+        try:
+            meanwhile()
+        except BaseException:
+            for launched in (current, self._ahead):
+                if launched is not None:
+                    self._execution.abandon(launched)
+            self._ahead = None
+            raise
 
     def _launch(self) -> Launched:
         """Schedule a step and start it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn, Protocol
@@ -41,6 +42,8 @@ class Launched:
     part: ScheduledBatch
     """Its rows that really run: those whose copies could be made."""
     pending: PendingStep
+    seconds: float
+    """What launching took; part of its result's time."""
     failed: dict[str, Exception] = field(default_factory=dict)
     """Sequences that have failed already."""
 
@@ -63,12 +66,13 @@ class Execution:
     def launch(self, batch: ScheduledBatch) -> Launched:
         """Start a batch. Never raises: an error waits where the result would be."""
         part, failed = self._copy_blocks(batch)
+        started = time.perf_counter()
         pending: PendingStep
         try:
             pending = self.runner.launch(part) if part.rows else StepResult([])
         except Exception as error:
             pending = _FailedStep(error)
-        return Launched(batch, part, pending, failed)
+        return Launched(batch, part, pending, time.perf_counter() - started, failed)
 
     def abandon(self, launched: Launched) -> None:
         """Wait for a step whose result nobody wants any more."""

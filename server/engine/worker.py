@@ -17,7 +17,7 @@ import time
 from ..config import EngineConfig
 from .core import EngineCore
 from .execution import EngineFailure
-from .messages import Abort, DownMessage, EngineDead, GenerateRequest, Shutdown
+from .messages import Abort, DownMessage, EngineDead, GenerateRequest, Shutdown, StepOutput
 from .wire import Channel, ConnectionClosed
 
 HEARTBEAT_S = 2.0
@@ -76,20 +76,45 @@ def _build(channel: Channel, config: EngineConfig, started: float) -> EngineCore
     return core
 
 
+class Outbox:
+    """The output of the last step, sent while the next one runs: it wakes the HTTP process, and while that has its turn
+    on this core, the other threads go on with the step."""
+
+    def __init__(self, core: EngineCore, channel: Channel) -> None:
+        self._core = core
+        self._channel = channel
+        self._output: StepOutput | None = None
+
+    def put(self, output: StepOutput) -> None:
+        """Keep an output until `send`; there is none now."""
+        self._output = output
+
+    def send(self) -> None:
+        """Send what there is. Raises ConnectionClosed when the peer has gone."""
+        output, self._output = self._output, None
+        if output is not None:
+            started = time.perf_counter()
+            self._channel.send(output)
+            self._core.note_emitted(time.perf_counter() - started)
+
+
 def serve(core: EngineCore, channel: Channel) -> None:
     """The loop. Waits while there is nothing to do, and gives a sign of life now and then."""
     channel.send(core.idle())  # the first one says how large the pool is
-    while True:
-        for message in channel.receive(0.0 if core.has_work else HEARTBEAT_S):
-            if not _take(core, message):
-                return
-        if core.has_work:
-            output = core.step()
-            started = time.perf_counter()
-            channel.send(output)
-            core.note_emitted(time.perf_counter() - started)
-        else:
-            channel.send(core.idle())
+    outbox = Outbox(core, channel)
+    try:
+        while True:
+            for message in channel.receive(0.0 if core.has_work else HEARTBEAT_S):
+                if not _take(core, message):
+                    return
+            if core.has_work:
+                outbox.put(core.step(outbox.send))
+                if not core.has_work:
+                    outbox.send()
+            else:
+                channel.send(core.idle())
+    finally:
+        outbox.send()
 
 
 def _take(core: EngineCore, message: DownMessage) -> bool:

@@ -13,7 +13,7 @@ from octavo.kernels.cpu.library import supported_isas
 from octavo.model.config import ModelConfig
 from octavo.model.direct_decode import DirectDecode
 from octavo.model.runner import ModelRunner
-from octavo.scheduler.batch import SampledRow, ScheduledBatch
+from octavo.scheduler.batch import PendingStep, ScheduledBatch
 from octavo.scheduler.config import CacheConfig, PoolConfig, SchedulerConfig
 from octavo.scheduler.sampling_params import SamplingParams
 from octavo.scheduler.scheduler import Scheduler
@@ -72,11 +72,11 @@ class CountedDirect:
         self._direct = direct
         self.num_steps = self.num_left = 0
 
-    def run(self, batch: ScheduledBatch) -> list[SampledRow] | None:
-        sampled = self._direct.run(batch) if self._direct is not None else None
-        self.num_steps += sampled is not None
-        self.num_left += sampled is None and batch.only_decodes
-        return sampled
+    def launch(self, batch: ScheduledBatch) -> PendingStep | None:
+        running = self._direct.launch(batch) if self._direct is not None else None
+        self.num_steps += running is not None
+        self.num_left += running is None and batch.only_decodes
+        return running
 
 
 def run(

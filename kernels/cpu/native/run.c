@@ -37,16 +37,6 @@ static const OvKernels *const KNOWN[] = {
     [OV_NUM_ISAS] = NULL,
 };
 
-struct OvContext {
-    const OvKernels *kernels;
-    OvType type;
-    OvTeam *team;
-    OvRegion *region; /* for matrices */
-    pthread_mutex_t lock;
-    size_t scratch_bytes, shared_bytes;
-    void *memory; /* of all threads' scratch, then what they share */
-};
-
 /* A list of operators as phases, the skipped ones left out. */
 typedef struct {
     OvJob job;
@@ -58,6 +48,18 @@ typedef struct {
     int phase;
     unsigned skipped; /* of the operator `op` */
 } RunJob;
+
+struct OvContext {
+    const OvKernels *kernels;
+    OvType type;
+    OvTeam *team;
+    OvRegion *region; /* for matrices */
+    pthread_mutex_t lock; /* held while a list runs */
+    RunJob run;
+    bool runs; /* the team has something to do */
+    size_t scratch_bytes, shared_bytes;
+    void *memory; /* of all threads' scratch, then what they share */
+};
 
 unsigned ov_supported(void) {
     unsigned compiled = 0;
@@ -151,16 +153,31 @@ static int prepare(OvContext *context, const OvOp *ops, int64_t num_ops, const O
     return reserve(context, scratch_bytes, shared_bytes);
 }
 
-int ov_run(OvContext *context, const OvOp *ops, int64_t num_ops, const OvStep *step) {
+int ov_start(OvContext *context, const OvOp *ops, int64_t num_ops, const OvStep *step) {
     pthread_mutex_lock(&context->lock);
     int status = prepare(context, ops, num_ops, step);
-    RunJob run = {{work, advance}, context, ops, num_ops, step, 0, 0, 0};
-    if (status == OV_OK && settle(&run)) {
+    if (status != OV_OK) {
+        pthread_mutex_unlock(&context->lock);
+        return status;
+    }
+    context->run = (RunJob){{work, advance}, context, ops, num_ops, step, 0, 0, 0};
+    context->runs = settle(&context->run);
+    if (context->runs) ov_team_start(context->team, &context->run.job);
+    return OV_OK;
+}
+
+void ov_finish(OvContext *context) {
+    if (context->runs) {
         if (context->kernels->thread_enter != NULL) context->kernels->thread_enter();
-        ov_team_run(context->team, &run.job);
+        ov_team_join(context->team);
         if (context->kernels->thread_leave != NULL) context->kernels->thread_leave();
     }
     pthread_mutex_unlock(&context->lock);
+}
+
+int ov_run(OvContext *context, const OvOp *ops, int64_t num_ops, const OvStep *step) {
+    int status = ov_start(context, ops, num_ops, step);
+    if (status == OV_OK) ov_finish(context);
     return status;
 }
 

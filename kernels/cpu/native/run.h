@@ -26,13 +26,18 @@ typedef struct {
 /* Which instruction sets work here: bit 0 avx2, 1 avxvnni, 2 avx512, 3 amx. */
 OV_EXPORT unsigned ov_supported(void);
 
-/* isa NULL or "": the best. num_threads counts the thread that will call ov_run. */
+/* isa NULL or "": the best. num_threads counts the thread that will call ov_run or ov_finish. */
 OV_EXPORT int ov_create(const char *isa, int num_threads, int type, OvContext **out);
 OV_EXPORT void ov_destroy(OvContext *);
 OV_EXPORT void ov_info(const OvContext *, OvInfo *out);
 
 /* Runs the operators in order. From any thread; callers at the same time wait for one another. */
 OV_EXPORT int ov_run(OvContext *, const OvOp *ops, int64_t num_ops, const OvStep *step);
+
+/* The same in two parts: the other threads begin at once, the caller works along from ov_finish on. What the arguments
+   point to must stay as it is until then. After OV_OK the same thread must call ov_finish, and start nothing before. */
+OV_EXPORT int ov_start(OvContext *, const OvOp *ops, int64_t num_ops, const OvStep *step);
+OV_EXPORT void ov_finish(OvContext *);
 
 /* The team, for other work than operators (packing). The lock must be held around ov_team_run. */
 OvTeam *ov_context_team(OvContext *);

@@ -44,6 +44,7 @@ struct OvTeam {
     OvJob *job;
     _Alignas(64) _Atomic int64_t next;
     _Alignas(64) _Atomic bool stop;
+    uint32_t left; /* the phase before the first of the job, for the caller */
     int size, num_started;
     pid_t pid; /* whose threads they are */
     void (*thread_enter)(void);
@@ -134,31 +135,39 @@ static void *member_main(void *argument) {
     }
 }
 
-static void run_alone(OvTeam *team, OvJob *job) {
+static void run_alone(OvTeam *team) {
     do {
         atomic_store_explicit(&team->next, 0, memory_order_relaxed);
-        job->work(job, &team->members[0].worker);
-    } while (job->advance(job));
+        team->job->work(team->job, &team->members[0].worker);
+    } while (team->job->advance(team->job));
 }
 
-void ov_team_run(OvTeam *team, OvJob *job) {
+void ov_team_start(OvTeam *team, OvJob *job) {
+    team->job = job;
+    if (team->size == 1) return; /* the caller alone will do it all */
+    team->left = atomic_load_explicit(&team->state, memory_order_acquire) & PHASE_MASK;
+    atomic_store_explicit(&team->next, 0, memory_order_relaxed);
+    publish(team, team->left + PHASE_UNIT);
+}
+
+void ov_team_join(OvTeam *team) {
     if (team->size == 1) {
-        run_alone(team, job);
+        run_alone(team);
         return;
     }
-    uint32_t state = atomic_load_explicit(&team->state, memory_order_acquire);
-    uint32_t first = (state & PHASE_MASK) + PHASE_UNIT;
-    team->job = job;
-    atomic_store_explicit(&team->next, 0, memory_order_relaxed);
-    publish(team, first);
-    for (uint32_t left = state & PHASE_MASK;;) {
-        state = wait_for_phase(team, left, true);
+    for (uint32_t left = team->left;;) {
+        uint32_t state = wait_for_phase(team, left, true);
         if (state & IDLE) return;
         if (!enter(team, state)) continue;
-        job->work(job, &team->members[0].worker);
+        team->job->work(team->job, &team->members[0].worker);
         left = state & PHASE_MASK;
         leave(team);
     }
+}
+
+void ov_team_run(OvTeam *team, OvJob *job) {
+    ov_team_start(team, job);
+    ov_team_join(team);
 }
 
 OvWorker *ov_team_worker(OvTeam *team, int index) { return &team->members[index].worker; }

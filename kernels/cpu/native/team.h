@@ -18,13 +18,18 @@ struct OvJob {
 
 typedef struct OvTeam OvTeam;
 
-/* num_threads includes the caller of ov_team_run. thread_enter (or NULL) runs once in each thread made here.
+/* num_threads includes the caller of ov_team_join. thread_enter (or NULL) runs once in each thread made here.
    NULL: no memory, or the system gave no thread. */
 OvTeam *ov_team_create(int num_threads, void (*thread_enter)(void));
 void ov_team_destroy(OvTeam *);
 
 /* Runs the job to its end. One caller at a time. */
 void ov_team_run(OvTeam *, OvJob *);
+
+/* The same in two parts: the other threads begin at once, the caller when it joins them; then it stays to the end. Every
+   job that was started must be joined, by the same thread. */
+void ov_team_start(OvTeam *, OvJob *);
+void ov_team_join(OvTeam *);
 
 /* The workers, the caller's first: run.c gives them scratch between jobs. [num_threads] */
 OvWorker *ov_team_worker(OvTeam *, int index);

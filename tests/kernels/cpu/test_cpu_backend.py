@@ -206,7 +206,8 @@ def test_a_step_of_decodes_in_one_call_equals_the_step_and_the_draw(backend: Cpu
         logits = layer(torch.tensor(token_ids), (plan,), torch.arange(count))
         expected, kv = backend.draw(logits, parameters, inputs.positions + 1).tolist(), layer.kv.clone()
         layer.kv.copy_(before)
-        assert recorded.decode(DecodeRows(token_ids, positions, [slots], [tables], [places]), parameters) == expected
+        recorded.start_decode(DecodeRows(token_ids, positions, [slots], [tables], [places]), parameters)
+        assert recorded.finish_decode() == expected
         assert torch.equal(layer.kv, kv)
         drawn.update(expected)
     assert len(drawn) > 4
@@ -220,11 +221,12 @@ def test_a_decode_says_which_row_is_nan_and_refuses_too_many(backend: CpuBackend
     layer.kv[2] = float("nan")
     tables = np.array([[1], [2]], np.int64)
     slots = [[BLOCK + 3, 2 * BLOCK + 3]]
-    drawn = recorded.decode(DecodeRows([1, 2], [3, 3], slots, [tables], [[0, 1]]), parameters_of(2, 1.0))
+    recorded.start_decode(DecodeRows([1, 2], [3, 3], slots, [tables], [[0, 1]]), parameters_of(2, 1.0))
+    drawn = recorded.finish_decode()
     assert drawn[0] >= 0
     assert drawn[1] == -1
     with pytest.raises(ValueError, match="3 decodes is larger than what was recorded"):
-        recorded.decode(DecodeRows([1] * 3, [3] * 3, [[BLOCK] * 3], [tables], [[0] * 3]), parameters_of(3, 1.0))
+        recorded.start_decode(DecodeRows([1] * 3, [3] * 3, [[BLOCK] * 3], [tables], [[0] * 3]), parameters_of(3, 1.0))
 
 
 @torch.inference_mode()

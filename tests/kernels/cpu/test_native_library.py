@@ -43,11 +43,19 @@ class Sums:
         ]
         for op in self.ops:
             op.stride_a, op.stride_out = 48, 64
+        self.array = (Op * num_ops)(*self.ops)
         self.step = Step(num_tokens=num_rows)
 
-    def check(self, context: NativeContext) -> None:
+    def check(self, context: NativeContext, *, in_parts: bool = False) -> None:
         self.out.zero_()
-        context.run(self.ops, self.step)
+        if in_parts:
+            context.start(self.array, self.step)
+            context.finish()
+        else:
+            context.run(self.ops, self.step)
+        self.expect(context)
+
+    def expect(self, context: NativeContext) -> None:
         expected = 48 * torch.arange(self.x.shape[0]).view(1, -1, 1).expand_as(self.out)
         assert torch.equal(self.out, expected.to(context.dtype))
 
@@ -112,13 +120,46 @@ def test_an_empty_list_is_fine() -> None:
         context.run([], Step(num_tokens=1))
 
 
+def test_the_others_need_not_wait_for_the_caller() -> None:
+    with NativeContext(torch.bfloat16, 2) as context:
+        sums = Sums(context, 20)
+        context.start(sums.array, sums.step)
+        deadline = time.monotonic() + 60
+        while not sums.out[-1, -1, -1]:
+            assert time.monotonic() < deadline, "nobody works"
+            time.sleep(0)
+        context.finish()
+        sums.expect(context)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_what_was_started_must_be_finished(num_threads: int) -> None:
+    with NativeContext(torch.bfloat16, num_threads) as context:
+        sums = Sums(context, 20)
+        with pytest.raises(RuntimeError, match="started nothing"):
+            context.finish()
+        with pytest.raises(RuntimeError, match="operator"):
+            context.start((Op * 1)(Op(kind=99)), Step())
+        context.start(sums.array, sums.step)
+        for again in (lambda: context.start(sums.array, sums.step), lambda: context.run(sums.ops, sums.step)):
+            with pytest.raises(RuntimeError, match="not been finished"):
+                again()
+        context.finish()
+        sums.expect(context)
+        sums.check(context)
+        sums.out.zero_()
+        context.start(sums.array, sums.step)
+        context.close()
+        sums.expect(context)
+
+
 def test_callers_at_the_same_time_take_turns() -> None:
     with NativeContext(torch.bfloat16, 2) as context:
         work = [Sums(context, 20, num_rows) for num_rows in (1, 2, 17, 40)]
 
         def run_often(sums: Sums) -> None:
-            for _ in range(10):
-                sums.check(context)
+            for turn in range(10):
+                sums.check(context, in_parts=turn % 2 == 1)
 
         with concurrent.futures.ThreadPoolExecutor(len(work)) as pool:
             for done in [pool.submit(run_often, sums) for sums in work]:

@@ -4,85 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
-import threading
 from collections.abc import Sequence
 
-import http_fakes
-import msgspec
 import pytest
-from octavo.scheduler.batch import BlockCopy, SampledRow, ScheduledBatch, StepResult
-from octavo.scheduler.config import CacheConfig, PoolConfig, SchedulerConfig
+from octavo.scheduler.batch import BlockCopy
 from octavo.scheduler.sampling_params import InvalidRequest, SamplingParams
-from octavo.scheduler.scheduler import Scheduler
-from octavo.server.engine import worker
 from octavo.server.engine.client import EngineState, EngineUnavailable
 from octavo.server.engine.core import EngineCore
 from octavo.server.engine.execution import EngineFailure
 from octavo.server.engine.inline import InlineClient
-from octavo.server.engine.messages import (
-    Abort,
-    GenerateRequest,
-    Shutdown,
-    StepOutput,
-    StepStats,
-    TokenOutput,
-)
-from octavo.server.engine.wire import Channel, ConnectionClosed, FrameBuffer, encode_frame, frame, up_decoder
-from octavo.server.engine.worker import serve
-
-
-class ScriptedRunner:
-    """Draws token 7 for every row; raises for batches that hold a poisoned request."""
-
-    runs_ahead = False
-
-    def __init__(self) -> None:
-        self.poisoned: set[str] = set()
-        self.broken = False
-        self.executed: list[int] = []
-        self.released: list[str] = []
-
-    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None: ...
-
-    def launch(self, batch: ScheduledBatch) -> StepResult:
-        self.executed.append(len(batch.rows))
-        if self.broken or any(row.seq_id.rpartition("/")[0] in self.poisoned for row in batch.rows):
-            raise RuntimeError("secret prompt text")
-        return StepResult([SampledRow(row.seq_id, [7]) for row in batch.rows if row.draws_token])
-
-    def release(self, seq_ids: Sequence[str]) -> None:
-        self.released += seq_ids
-
-    def probe(self) -> None:
-        if self.broken:
-            raise RuntimeError("no device")
-
-
-READY = msgspec.structs.replace(http_fakes.READY, max_model_len=64, vocab_size=100)
-
-
-@pytest.fixture
-def runner() -> ScriptedRunner:
-    return ScriptedRunner()
-
-
-@pytest.fixture
-def core(runner: ScriptedRunner) -> EngineCore:
-    scheduler = Scheduler(
-        SchedulerConfig(max_num_seqs=32, max_num_waiting=8),
-        CacheConfig(block_size=4),
-        pools=[PoolConfig(257)],
-        max_model_len=64,
-        max_num_batched_tokens=64,
-        eos_token_ids=(99,),
-    )
-    return EngineCore(scheduler, runner, probe=runner.probe)
-
-
-def request(name: str, **params: int) -> GenerateRequest:
-    defaults = {"max_tokens": 3}
-    return GenerateRequest(request_id=name, prompt_token_ids=[1, 2, 3], params=SamplingParams(**{**defaults, **params}))
+from octavo.server.engine.messages import GenerateRequest, StepOutput, StepStats, TokenOutput
+from octavo.server.engine.wire import ConnectionClosed, FrameBuffer, encode_frame, up_decoder
+from scripted_engine import READY, OverlappingRunner, ScriptedRunner, core_of, request
 
 
 def run(core: EngineCore) -> dict[str, list[TokenOutput]]:
@@ -172,6 +105,28 @@ def test_the_stats_say_who_waits_for_what_and_what_was_missed(core: EngineCore) 
     assert (stats.num_waiting, stats.prefix_cache_queries) == (0, 40)
 
 
+def test_there_is_time_for_other_things_while_a_step_runs() -> None:
+    runner = OverlappingRunner()
+    core = core_of(runner)
+    core.add(request("a"))
+    for _ in range(3):
+        core.step(lambda: runner.events.append("meanwhile"))
+    assert runner.events == ["launch", "meanwhile", "result"] * 3
+
+
+def test_a_step_under_way_is_waited_for_when_something_else_fails() -> None:
+    runner = OverlappingRunner()
+    core = core_of(runner)
+    core.add(request("a"))
+
+    def fail() -> None:
+        raise ConnectionClosed("the server has gone")
+
+    with pytest.raises(ConnectionClosed):
+        core.step(fail)
+    assert runner.events == ["launch", "result"]
+
+
 def test_timings_come_in_order(core: EngineCore) -> None:
     core.add(request("a"))
     timings = run(core)["a"][-1].timings
@@ -236,55 +191,6 @@ def test_frames_survive_any_cut() -> None:
         assert [message.outputs[0].request_id for message in decoded if isinstance(message, StepOutput)] == list(
             "01234"
         )
-
-
-def test_the_worker_loop_serves_a_socket_until_shutdown(core: EngineCore) -> None:
-    ours, theirs = socket.socketpair()
-    thread = threading.Thread(target=serve, args=(core, Channel(theirs)))
-    thread.start()
-    ours.sendall(encode_frame(request("a")) + encode_frame(request("b")) + encode_frame(Abort("b")))
-    buffer, tokens, ended = FrameBuffer(), [], False
-    ours.settimeout(30)
-    while not ended:
-        for payload in buffer.feed(ours.recv(65536)):
-            message = up_decoder.decode(payload)
-            assert isinstance(message, StepOutput)
-            for output in message.outputs:
-                assert output.request_id == "a"
-                tokens += output.token_ids
-                ended = output.finish_reason is not None
-    assert tokens == [7, 7, 7]
-    ours.sendall(encode_frame(Shutdown()))
-    thread.join(30)
-    assert not thread.is_alive()
-
-
-def test_the_worker_reports_what_it_took_to_send_a_step(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "HEARTBEAT_S", 0.01)
-    ours, theirs = socket.socketpair()
-    thread = threading.Thread(target=serve, args=(core, Channel(theirs)))
-    thread.start()
-    ours.settimeout(30)
-    buffer, stats = FrameBuffer(), []
-    while not stats:  # the pool's size comes before anything is asked for
-        stats += [up_decoder.decode(payload).stats for payload in buffer.feed(ours.recv(65536))]  # type: ignore[union-attr]
-    assert (stats[0].num_blocks, stats[0].num_free_blocks, stats[0].num_running) == (256, 256, 0)
-    ours.sendall(encode_frame(request("a")))
-    while sum(item.emit_seconds > 0 for item in stats) < 3:  # the third with the first sign of life after it
-        stats += [up_decoder.decode(payload).stats for payload in buffer.feed(ours.recv(65536))]  # type: ignore[union-attr]
-    assert sum(item.num_generation_tokens for item in stats) == 3
-    assert stats[-1].num_scheduled_tokens == 0
-    ours.sendall(encode_frame(Shutdown()))
-    thread.join(30)
-    assert not thread.is_alive()
-
-
-def test_the_worker_leaves_when_its_server_is_gone(core: EngineCore) -> None:
-    ours, theirs = socket.socketpair()
-    ours.sendall(frame(b"")[:2])
-    ours.close()
-    with pytest.raises(ConnectionClosed):
-        serve(core, Channel(theirs))
 
 
 def test_a_copy_that_fails_ends_only_the_request_it_was_for(
