@@ -56,8 +56,10 @@ class DirectDecode:
             table_rows=[tables.update(rows) for tables in self._block_tables],
             block_tables=[tables.array for tables in self._block_tables],
         )
+        running = _RunningDecodes(self._steps, [row.seq_id for row in rows])
         self._steps.start_decode(decodes, parameters)
-        return _RunningDecodes(self._steps, [row.seq_id for row in rows], time.perf_counter() - started)
+        running.launch_seconds = time.perf_counter() - started
+        return running
 
 
 @dataclass(slots=True)
@@ -66,9 +68,9 @@ class _RunningDecodes:
 
     _steps: RecordedSteps
     _seq_ids: list[str]
-    _launch_seconds: float
+    launch_seconds: float = 0.0
 
     def result(self) -> StepResult:
         started = time.perf_counter()
         sampled = sampled_rows(self._seq_ids, self._steps.finish_decode())
-        return StepResult(sampled, self._launch_seconds + time.perf_counter() - started)
+        return StepResult(sampled, self.launch_seconds + time.perf_counter() - started)

@@ -271,7 +271,7 @@ class ModelRunner:
         running = self._direct.launch(batch) if self._direct is not None else None
         if running is not None:
             return running
-        if self.runs_ahead:
+        if self.runs_ahead or self._device.type != "cpu":
             return self._launch_any(batch)
         return ComingStep(lambda: self._launch_any(batch))
 

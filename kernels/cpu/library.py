@@ -173,8 +173,8 @@ class NativeContext:
     """A team of threads that runs operators in one working type.
 
     OCTAVO_CPU_ISA lowers the instruction set where `isa` is None. Runs from several threads wait for one another. After
-    a fork the child's copy works, on the calling thread alone. Raises RuntimeError where there is no library or it
-    refuses, ValueError for a dtype other than float32 and bfloat16.
+    a fork with nothing under way the child's copy works, on the calling thread alone. Raises RuntimeError where there
+    is no library or it refuses, ValueError for a dtype other than float32 and bfloat16.
     """
 
     def __init__(self, dtype: torch.dtype, num_threads: int, isa: str | None = None) -> None:
@@ -186,7 +186,7 @@ class NativeContext:
         self.library = library
         self.dtype = dtype
         self._handle = ctypes.c_void_p()
-        self._started_by: int | None = None
+        self._starters: set[int] = set()
         name = isa or os.environ.get("OCTAVO_CPU_ISA") or ""
         working_type = 1 if dtype is torch.bfloat16 else 0
         self.check(library.ov_create(name.encode(), num_threads, working_type, ctypes.byref(self._handle)), name)
@@ -206,31 +206,37 @@ class NativeContext:
     def run(self, ops: ctypes.Array[Op] | Sequence[Op], step: Step) -> None:
         """Run the operators in order. Whatever their pointers name must live until this returns."""
         array = ops if isinstance(ops, ctypes.Array) else (Op * len(ops))(*ops)
-        self._check_idle()
+        self.settle()
         self.check(self.library.ov_run(self.handle, array, len(array), ctypes.byref(step)))
 
     def start(self, ops: ctypes.Array[Op], step: Step) -> None:
         """`run` in two parts: the other threads of the team begin at once, this one joins them in `finish`. Until then
-        everything that is named must live and stay as it is. Raises RuntimeError if this thread has to finish first."""
-        self._check_idle()
-        self.check(self.library.ov_start(self.handle, ops, len(ops), ctypes.byref(step)))
-        self._started_by = threading.get_ident()
+        everything that is named must live and stay as it is."""
+        self.settle()
+        thread = threading.get_ident()
+        self._starters.add(thread)  # before it is true: whatever interrupts this, nothing is forgotten
+        status = self.library.ov_start(self.handle, ops, len(ops), ctypes.byref(step))
+        if status:
+            self._starters.discard(thread)
+        self.check(status)
 
     def finish(self) -> None:
         """Work along, and wait for the end. Raises RuntimeError if this thread has started nothing."""
-        if self._started_by != threading.get_ident():
+        if threading.get_ident() not in self._starters:
             raise RuntimeError("this thread has started nothing")
-        self._started_by = None
-        self.library.ov_finish(self.handle)
+        self.settle()
 
-    def _check_idle(self) -> None:
-        if self._started_by == threading.get_ident():  # it would wait for itself
-            raise RuntimeError("what was started before has not been finished")
+    def settle(self) -> None:
+        """Finish what this thread has started, if it was kept from that (by Ctrl-C, say)."""
+        thread = threading.get_ident()
+        if thread in self._starters:
+            self.library.ov_finish(self.handle)
+            self._starters.discard(thread)
 
     def close(self) -> None:
         """End the threads. Harmless a second time."""
-        if self._started_by == threading.get_ident():
-            self.finish()
+        if self._handle:
+            self.settle()
         handle, self._handle = self._handle, ctypes.c_void_p()
         if handle:
             self.library.ov_destroy(handle)

@@ -207,6 +207,7 @@ class DecodeProgram:
         count = len(rows.token_ids)
         if count > self._max_rows:
             raise ValueError(f"a step of {count} decodes is larger than what was recorded")
+        self._context.settle()  # before its numbers are overwritten
         lines = [rows.token_ids, rows.positions, [position + 1 for position in rows.positions]]
         for slots, table_rows in zip(rows.slots, rows.table_rows, strict=True):
             lines += slots, table_rows

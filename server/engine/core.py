@@ -55,17 +55,21 @@ class EngineCore:
         self.scheduler.abort(request_id, sample_index)
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> StepOutput:
-        """Take in one step, while a runner that can runs the next. `meanwhile` is called when everything that can has
-        been started. Raises what it raises, or EngineFailure when nothing can be computed any more."""
+        """Take in one step, while a runner that can runs the next. `meanwhile` is called once, when a step has been
+        launched. Raises what it raises, or EngineFailure when nothing can be computed any more."""
+        running = self._ahead
+        if running is not None:
+            self._spend(meanwhile, running)
         started = time.perf_counter()
-        launches = [] if self._ahead else [self._launch()]
-        current = self._ahead or launches[0]
+        launches = [] if running else [self._launch()]
+        current = running or launches[0]
         self._ahead = None
         if self._execution.runner.runs_ahead and current.batch.rows:
             launches.append(self._launch())
             self._ahead = launches[-1] if launches[-1].batch.rows else None
         schedule_seconds = time.perf_counter() - started - sum(launched.seconds for launched in launches)
-        self._spend(meanwhile, current)
+        if running is None:
+            self._spend(meanwhile, current, self._ahead)
         result = self._result(current)
         executed = time.perf_counter()
         outputs, self._outputs = self._outputs, []
@@ -81,14 +85,13 @@ class EngineCore:
             ),
         )
 
-    def _spend(self, meanwhile: Callable[[], None], current: Launched) -> None:
+    def _spend(self, meanwhile: Callable[[], None], *launched: Launched | None) -> None:
         """Do something else while steps run. If that fails, they are waited for: threads may be at work on them."""
         try:
             meanwhile()
         except BaseException:
-            for launched in (current, self._ahead):
-                if launched is not None:
-                    self._execution.abandon(launched)
+            for step in filter(None, launched):
+                self._execution.abandon(step)
             self._ahead = None
             raise
 

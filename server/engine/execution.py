@@ -19,7 +19,7 @@ class StepRunner(Protocol):
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether `launch` returns before the step has run, and takes rows whose newest token the step before draws."""
+        """Whether `launch` takes rows whose newest token the step before draws, while that runs."""
         ...
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None: ...
@@ -43,7 +43,7 @@ class Launched:
     """Its rows that really run: those whose copies could be made."""
     pending: PendingStep
     seconds: float
-    """What launching took; part of its result's time."""
+    """What launching took; the result's times have it too."""
     failed: dict[str, Exception] = field(default_factory=dict)
     """Sequences that have failed already."""
 

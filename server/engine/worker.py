@@ -6,6 +6,7 @@ EngineConfig as JSON. Nothing of HTTP is imported here.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import logging
@@ -77,8 +78,8 @@ def _build(channel: Channel, config: EngineConfig, started: float) -> EngineCore
 
 
 class Outbox:
-    """The output of the last step, sent while the next one runs: it wakes the HTTP process, and while that has its turn
-    on this core, the other threads go on with the step."""
+    """The output of the last step, sent when the next one has been launched: it wakes the HTTP process, and while that
+    has its turn on this core, other threads go on with a step of decodes."""
 
     def __init__(self, core: EngineCore, channel: Channel) -> None:
         self._core = core
@@ -112,9 +113,11 @@ def serve(core: EngineCore, channel: Channel) -> None:
                 if not core.has_work:
                     outbox.send()
             else:
+                outbox.send()  # what was aborted may have been all that the next step was for
                 channel.send(core.idle())
     finally:
-        outbox.send()
+        with contextlib.suppress(ConnectionClosed):
+            outbox.send()
 
 
 def _take(core: EngineCore, message: DownMessage) -> bool:

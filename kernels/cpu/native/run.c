@@ -57,6 +57,7 @@ struct OvContext {
     pthread_mutex_t lock; /* held while a list runs */
     RunJob run;
     bool runs; /* the team has something to do */
+    _Atomic uintptr_t starter; /* the thread between ov_start and ov_finish, 0 if there is none */
     size_t scratch_bytes, shared_bytes;
     void *memory; /* of all threads' scratch, then what they share */
 };
@@ -162,16 +163,19 @@ int ov_start(OvContext *context, const OvOp *ops, int64_t num_ops, const OvStep 
     }
     context->run = (RunJob){{work, advance}, context, ops, num_ops, step, 0, 0, 0};
     context->runs = settle(&context->run);
+    atomic_store(&context->starter, (uintptr_t)pthread_self());
     if (context->runs) ov_team_start(context->team, &context->run.job);
     return OV_OK;
 }
 
 void ov_finish(OvContext *context) {
+    if (atomic_load(&context->starter) != (uintptr_t)pthread_self()) return;
     if (context->runs) {
         if (context->kernels->thread_enter != NULL) context->kernels->thread_enter();
         ov_team_join(context->team);
         if (context->kernels->thread_leave != NULL) context->kernels->thread_leave();
     }
+    atomic_store(&context->starter, 0);
     pthread_mutex_unlock(&context->lock);
 }
 

@@ -35,7 +35,8 @@ OV_EXPORT void ov_info(const OvContext *, OvInfo *out);
 OV_EXPORT int ov_run(OvContext *, const OvOp *ops, int64_t num_ops, const OvStep *step);
 
 /* The same in two parts: the other threads begin at once, the caller works along from ov_finish on. What the arguments
-   point to must stay as it is until then. After OV_OK the same thread must call ov_finish, and start nothing before. */
+   point to must stay as it is until then. After OV_OK the same thread must call ov_finish, and start nothing before; from
+   any other thread, or a second time, ov_finish does nothing. */
 OV_EXPORT int ov_start(OvContext *, const OvOp *ops, int64_t num_ops, const OvStep *step);
 OV_EXPORT void ov_finish(OvContext *);
 

@@ -10,7 +10,8 @@
  * The number only tells a thread that has left a phase from one that follows; that it wraps does no harm.
  *
  * After a fork the child has no threads but the caller's, and everything still works, on that one alone: there is
- * nothing to wait for. Only a fork in the middle of another thread's run leaves a team that must not be used. */
+ * nothing to wait for. Only a fork in the middle of a run, another thread's or one that was not joined yet, leaves a team
+ * that must not be used. */
 #define _GNU_SOURCE
 #include "team.h"
 

@@ -87,6 +87,20 @@ def test_a_step_s_tokens_are_sent_before_the_next_step_has_ended() -> None:
     assert tokens_from(ours, 1) == [7]  # no step follows the last one
 
 
+def test_what_a_step_has_brought_is_sent_when_nothing_is_left_to_compute() -> None:
+    runner = OverlappingRunner()
+    ours, theirs = socket.socketpair()
+    runner.at_result = lambda: ours.sendall(encode_frame(Abort("b")))  # during the only step
+    ours.sendall(encode_frame(request("a", max_tokens=1)) + encode_frame(request("b")))
+    thread = threading.Thread(target=serve, args=(core_of(runner), Channel(theirs)))
+    thread.start()
+    arrived = tokens_from(ours, 2)
+    ours.sendall(encode_frame(Shutdown()))
+    thread.join(30)
+    assert not thread.is_alive()
+    assert arrived == [7, 7]
+
+
 def test_what_a_step_has_brought_is_sent_even_if_the_next_one_cannot_be_scheduled(
     core: EngineCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
