@@ -29,7 +29,7 @@ def tokens_from(peer: socket.socket, num_tokens: int) -> list[int]:
 
 def test_the_worker_loop_serves_a_socket_until_shutdown(core: EngineCore) -> None:
     ours, theirs = socket.socketpair()
-    thread = threading.Thread(target=serve, args=(core, Channel(theirs)))
+    thread = threading.Thread(target=serve, args=(core, Channel(theirs)), daemon=True)
     thread.start()
     ours.sendall(encode_frame(request("a")) + encode_frame(request("b")) + encode_frame(Abort("b")))
     buffer, tokens, ended = FrameBuffer(), [], False
@@ -51,7 +51,7 @@ def test_the_worker_loop_serves_a_socket_until_shutdown(core: EngineCore) -> Non
 def test_the_worker_reports_what_it_took_to_send_a_step(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "HEARTBEAT_S", 0.01)
     ours, theirs = socket.socketpair()
-    thread = threading.Thread(target=serve, args=(core, Channel(theirs)))
+    thread = threading.Thread(target=serve, args=(core, Channel(theirs)), daemon=True)
     thread.start()
     ours.settimeout(30)
     buffer, stats = FrameBuffer(), []
@@ -92,7 +92,7 @@ def test_what_a_step_has_brought_is_sent_when_nothing_is_left_to_compute() -> No
     ours, theirs = socket.socketpair()
     runner.at_result = lambda: ours.sendall(encode_frame(Abort("b")))  # during the only step
     ours.sendall(encode_frame(request("a", max_tokens=1)) + encode_frame(request("b")))
-    thread = threading.Thread(target=serve, args=(core_of(runner), Channel(theirs)))
+    thread = threading.Thread(target=serve, args=(core_of(runner), Channel(theirs)), daemon=True)
     thread.start()
     arrived = tokens_from(ours, 2)
     ours.sendall(encode_frame(Shutdown()))
