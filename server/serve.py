@@ -157,6 +157,6 @@ async def _watch(
 
 def _keep_what_there_is() -> None:
     """What imports have made lives as long as this process. A full pass of the garbage collector over all of it held up
-    every stream for 90 ms, now and then. While the engine loads nobody waits for this one."""
+    every stream for up to 90 ms, now and then. While the engine loads nobody waits for this one."""
     gc.collect()
     gc.freeze()
