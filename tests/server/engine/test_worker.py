@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 
 import pytest
 from octavo.scheduler.batch import ScheduledBatch
@@ -18,12 +19,14 @@ from scripted_engine import OverlappingRunner, core_of, request
 def tokens_from(peer: socket.socket, num_tokens: int) -> list[int]:
     """Read messages until they have brought so many tokens, or the end has come."""
     peer.settimeout(30)
+    deadline = time.monotonic() + 30  # signs of life come for ever
     buffer, tokens = FrameBuffer(), list[int]()
     while len(tokens) < num_tokens and (data := peer.recv(65536)):
         for payload in buffer.feed(data):
             message = up_decoder.decode(payload)
             assert isinstance(message, StepOutput)
             tokens += [token for output in message.outputs for token in output.token_ids]
+        assert time.monotonic() < deadline, f"only {len(tokens)} tokens came"
     return tokens
 
 
